@@ -1,0 +1,51 @@
+"""How shards become batches: rows, normalisation, image transforms, loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from data.config import Config
+
+
+class ImageTransform(Config):
+    """METHODS §0.9: resize the short side, augment in training, crop, ImageNet mean and std."""
+
+    resize: int = Field(default=256, ge=8)
+    size: int = Field(default=224, ge=8)
+    augment: bool = True
+    """Random flip and affine in training, keyed by (seed, epoch, row)."""
+    crop: Literal["center", "random"] = "center"
+    """Crop in training; evaluation always crops the centre."""
+    shear: float = Field(default=0.0, ge=0)
+    """Degrees of shear in training."""
+
+
+class BatchConfig(Config):
+    """From shards to batches."""
+
+    normalizer: Literal["fitted", "published"] = "fitted"
+    """Fitted on the train split, or the MIMIC-III statistics all three repositories ship."""
+    zero_beyond: float | None = Field(default=None, gt=0)
+    """Normalised values beyond +-this become 0 (DrFuse's loader: 10)."""
+    train_rows: Literal["partial", "paired"] = "partial"
+    """Train on every row, or only on rows with an image."""
+    selection_rows: Literal["partial", "paired"] = "partial"
+    """Rows of the validation split that select the best checkpoint."""
+    unpaired_fraction: float = Field(default=1.0, ge=0, le=1)
+    """Share of the unpaired training rows that is used (MedFuse OPTIMAL: 0.2, 0.1)."""
+    withhold_cxr: float = Field(default=0.0, ge=0, le=1)
+    """Share of each training batch's rows whose image is withheld (DrFuse, matched: 0.3)."""
+    missing_cxr: Literal["absent", "zeros"] = "absent"
+    """A missing image is absent, or (published) a zero image that is encoded."""
+    unpaired_evaluation: Literal["each_once", "with_replacement"] = "each_once"
+    """Unpaired rows of the PARTIAL test set, as they are or drawn as the released code does."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Cut of the series at this many bins (DrFuse: 350)."""
+    image: ImageTransform = ImageTransform()
+    processes: int = Field(default=0, ge=0)
+    """Decoding processes per worker; 0 decodes in the worker."""
+    cache_dir: Path | None = None
+    """Local folder of the row cache; default: the scratch folder."""

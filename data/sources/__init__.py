@@ -1,0 +1,1 @@
+"""Raw layouts to typed tables, release detected."""

@@ -1,0 +1,1 @@
+"""Small blocks with flat keyword arguments."""

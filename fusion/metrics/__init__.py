@@ -1,0 +1,1 @@
+"""Metrics on numpy arrays; nothing of torch or of the rest of fusion."""

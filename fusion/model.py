@@ -1,0 +1,102 @@
+"""The contract of a model. Read this first.
+
+A model knows one device and one batch. It gets a `Batch`, gives an `Output`, and names its
+auxiliary losses; the loop (fusion/training/loop.py) weighs, sums, distributes and logs them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from data.config import Config
+from fusion import registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data.schema import Batch
+    from data.tasks import TaskSpec
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss as a sum over rows, never a mean.
+
+    The loop divides by the number of rows, over all ranks and micro-batches of the step, that have
+    every modality in `over`, so that a mean over paired rows is the same on 1 and on 3 workers.
+
+    Attributes:
+        sum: Scalar: the sum over those rows (of a mean over classes or features within a row).
+        over: The modalities a row needs to be counted; () counts every row.
+        scale: The coefficient (a model's lambda) by which the mean enters the loss. The log
+            shows the unscaled mean.
+    """
+
+    sum: Tensor
+    over: tuple[str, ...] = ()
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gives.
+
+    Attributes:
+        logits: [B, C] float32.
+        features: Named representations and attention maps for reports, [B, ...] each.
+        terms: Named auxiliary losses; the task's own loss is not among them.
+    """
+
+    logits: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Term] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One of the updates that make up a step, with its own forward pass and its own optimizer.
+
+    Attributes:
+        name: Its name in logs and checkpoints.
+        parameters: Prefixes of parameter names it updates; () is all of them.
+        terms: Names of the terms it minimises; "task" is the task's loss; () is all of them.
+        repeats: Updates per step.
+    """
+
+    name: str = "all"
+    parameters: tuple[str, ...] = ()
+    terms: tuple[str, ...] = ()
+    repeats: int = 1
+
+
+class FusionModel(nn.Module, ABC):
+    """Base of every model; `class X(FusionModel, name="x")` in fusion/models/x.py registers it."""
+
+    name: ClassVar[str]
+    modalities: ClassVar[tuple[str, ...]]
+    """What it reads of a batch."""
+    phases: tuple[Phase, ...] = (Phase(),)
+
+    class Config(Config):
+        """The paper's numbers, documented; `name` selects the model."""
+
+        name: str
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            cls.name = name
+            registry.register(name, cls)
+
+    @abstractmethod
+    def __init__(self, config: Any, task: TaskSpec) -> None:
+        """Build from its own Config for a task's labels."""
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Output:
+        """One pass over a batch. Rows without a modality must not change with its content."""

@@ -1,0 +1,1 @@
+"""One paper's model per file; the file name is the registry name."""

@@ -1,0 +1,1 @@
+"""The loop, its strategies, checkpoints and optimizers; knows FusionModel, never a concrete one."""

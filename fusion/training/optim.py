@@ -1,0 +1,25 @@
+"""Optimizer and schedule."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from data.config import Config
+
+
+class OptimConfig(Config):
+    """Adam or AdamW, per-group rates, and the schedule."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    lr: float = Field(default=1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    group_lr: dict[str, float] = {}
+    """Learning rate by prefix of parameter names; the longest prefix wins; 0 freezes."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    schedule: Literal["constant", "plateau"] = "constant"
+    """`plateau` halves the rate after `plateau_patience` epochs without a lower val loss."""
+    plateau_factor: float = Field(default=0.5, gt=0, lt=1)
+    plateau_patience: int = Field(default=10, ge=0)

@@ -1,0 +1,233 @@
+"""RunConfig: composes the blocks that components own; load, override, dump."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from data.batches import BatchConfig
+from data.config import Config
+from data.errors import InputError
+from data.files import write_text
+from data.switches import ExtractConfig, Sources
+from data.tasks import task_spec
+from fusion import registry
+from fusion.metrics.config import EvaluateConfig
+from fusion.training.config import CheckpointConfig, TrainConfig
+from fusion.training.optim import OptimConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Preset = Literal["corrected", "code", "paper"]
+PRESETS = Path(__file__).parent / "presets"
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class ScalingConfig(Config):
+    """Ray's own field names."""
+
+    num_workers: int = Field(default=1, ge=1)
+    use_gpu: bool = False
+    resources_per_worker: dict[str, float] = {}
+    strategy: Literal["single", "ddp"] = "ddp"
+
+
+class DataConfig(Config):
+    """Which shards a run reads, and how they are made if they are absent."""
+
+    shards: Path
+    """Folder of extracted shards with its manifest.json."""
+    allow_mixed: bool = False
+    """Accept shards of another preset than the run's; every result then says so."""
+    sources: Sources = Sources()
+    extract: ExtractConfig = ExtractConfig()
+    batches: BatchConfig = BatchConfig()
+
+
+class ModelConfig(Config):
+    """Placeholder type of `model`: the block is parsed by the class that its name selects."""
+
+    name: str
+
+
+class RunConfig(Config):
+    """One run: one YAML plus dotted overrides."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's folder under `runs_dir`."""
+    runs_dir: Path = Path("runs")
+    preset: Preset = "corrected"
+    task: str
+    model: SerializeAsAny[Config]
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    init_from: dict[str, Path] = {}
+    """Submodule prefix -> run folder (its best checkpoint) or weights file to start from."""
+    seed: int = 0
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if isinstance(value, Config):
+            return value
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            raise ValueError("model needs a name, e.g. `model: {name: medfuse}`")
+        return registry.get(value["name"]).Config.model_validate(value)
+
+    @model_validator(mode="after")
+    def _coherent(self) -> RunConfig:
+        task_spec(self.task)
+        if self.train.min_epochs > self.train.epochs:
+            raise ValueError(
+                f"train.min_epochs ({self.train.min_epochs}) is larger than "
+                f"train.epochs ({self.train.epochs})"
+            )
+        if self.scaling.num_workers > 1 and self.scaling.strategy == "single":
+            raise ValueError(
+                f"scaling.strategy=single with scaling.num_workers={self.scaling.num_workers}: "
+                "use ddp, or one worker"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.runs_dir / self.name
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> list[RunConfig]:
+    """The runs of a YAML file, in order: one, or those of its `stages:` list.
+
+    Precedence: schema default < preset < run file < override. With stages, what stands beside
+    `stages:` is common to all, and each stage adds its own; an override applies to every stage.
+
+    Raises:
+        InputError: The file is missing or no YAML mapping, or a key or value is wrong; everything
+            wrong is reported at once, each with its dotted path.
+    """
+    document = _read_yaml(path)
+    stages = document.pop("stages", [{}])
+    flat = dict(_parse_override(item) for item in overrides)
+    return [_build(path, _merge(_merge(document, stage), _nest(flat))) for stage in stages]
+
+
+def dump(config: RunConfig, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def from_dump(value: dict[str, Any]) -> RunConfig:
+    """The config that `model_dump` gave: what workers and run folders hold; presets are in it."""
+    return RunConfig.model_validate(value)
+
+
+def preset_values(preset: Preset) -> dict[str, Any]:
+    """The dotted paths of a preset file."""
+    return _read_yaml(PRESETS / f"{preset}.yaml") or {}
+
+
+def _build(path: Path, document: dict[str, Any]) -> RunConfig:
+    preset = document.get("preset", "corrected")
+    if preset not in ("corrected", "code", "paper"):
+        raise InputError(f"{path}: preset {preset!r}; choose corrected, code or paper")
+    applicable = {
+        dotted: value
+        for dotted, value in preset_values(preset).items()
+        if _applies(dotted, document)
+    }
+    plain = {_strip(dotted): value for dotted, value in applicable.items()}
+    try:
+        return RunConfig.model_validate(_merge(_nest(plain), document))
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise InputError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _applies(dotted: str, document: dict[str, Any]) -> bool:
+    """`model[drfuse].x` or `optim[medfuse].x` applies only to runs of that model."""
+    if "[" not in dotted:
+        return True
+    wanted = dotted.split("[", 1)[1].split("]", 1)[0].split("|")
+    return document.get("model", {}).get("name") in wanted
+
+
+def _strip(dotted: str) -> str:
+    if "[" not in dotted:
+        return dotted
+    return dotted.split("[", 1)[0] + dotted.split("]", 1)[1]
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"]) or "(run)"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(path.split(".")[-1], _known_keys(path), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{path}: unknown key{hint}"
+    if item["type"] == "missing":
+        return f"{path}: required, but missing"
+    return f"{path}: {message} (got {item['input']!r})" if path != "(run)" else message
+
+
+def _known_keys(path: str) -> list[str]:
+    block: Any = RunConfig
+    for part in path.split(".")[:-1]:
+        annotation = block.model_fields[part].annotation if part in block.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, Config)):
+            return list(block.model_fields)
+        block = annotation
+    return list(block.model_fields)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: expected a mapping of keys, but got {type(document).__name__}")
+    return document
+
+
+def _parse_override(item: str) -> tuple[str, Any]:
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {item!r}: write dotted.path=value, e.g. optim.lr=3e-4")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key, value
+
+
+def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        *parents, leaf = dotted.split(".")
+        block = nested
+        for parent in parents:
+            block = block.setdefault(parent, {})
+        block[leaf] = value
+    return nested
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
