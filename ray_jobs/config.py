@@ -33,7 +33,7 @@ class ScalingConfig(Config):
 
     num_workers: int = Field(default=1, ge=1)
     use_gpu: bool = False
-    resources_per_worker: dict[str, float] = {}
+    resources_per_worker: dict[str, float] = Field(default_factory=dict)
     strategy: Literal["single", "ddp"] = "ddp"
 
 
@@ -70,7 +70,7 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     scaling: ScalingConfig = ScalingConfig()
-    init_from: dict[str, Path] = {}
+    init_from: dict[str, Path] = Field(default_factory=dict)
     """Submodule prefix -> run folder (its best checkpoint) or weights file to start from."""
     seed: int = 0
 

@@ -16,7 +16,7 @@ class OptimConfig(Config):
     lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
-    group_lr: dict[str, float] = {}
+    group_lr: dict[str, float] = Field(default_factory=dict)
     """Learning rate by prefix of parameter names; the longest prefix wins; 0 freezes."""
     clip_norm: float | None = Field(default=None, gt=0)
     schedule: Literal["constant", "plateau"] = "constant"
