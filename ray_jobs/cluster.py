@@ -7,6 +7,7 @@ localhost, so without a token anyone on the network could run code.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import secrets
@@ -82,10 +83,12 @@ def _local(num_cpus: int | None) -> Iterator[None]:
     scratch = Path(tempfile.mkdtemp(prefix="rf-"))
     token = scratch / "auth_token"
     token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32), encoding="utf-8")
+    token.write_text(_token(), encoding="utf-8")
     saved = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
-    os.environ["RAY_AUTH_MODE"] = "token"
+    # Unset, Ray turns token mode on itself, also where it was imported before this point.
+    os.environ.pop("RAY_AUTH_MODE", None)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    _quiet_loggers()
     try:
         ray.init(
             num_cpus=num_cpus,
@@ -96,7 +99,6 @@ def _local(num_cpus: int | None) -> Iterator[None]:
             _temp_dir=str(scratch),
             object_store_memory=_object_store_bytes(),
         )
-        _quiet_loggers()
         yield
     finally:
         ray.shutdown()
@@ -106,6 +108,12 @@ def _local(num_cpus: int | None) -> Iterator[None]:
             else:
                 os.environ[name] = value
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@functools.cache
+def _token() -> str:
+    """One token a process: Ray reads it once and keeps it over later instances."""
+    return secrets.token_hex(32)
 
 
 def _quiet_loggers() -> None:
