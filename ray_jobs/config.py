@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
@@ -23,6 +23,7 @@ from fusion.training.optim import OptimConfig
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+ConfigT = TypeVar("ConfigT", bound=Config)
 Preset = Literal["corrected", "code", "paper"]
 PRESETS = Path(__file__).parent / "presets"
 CONFIGS = Path(__file__).parent / "configs"
@@ -49,18 +50,13 @@ class DataConfig(Config):
     batches: BatchConfig = BatchConfig()
 
 
-class ModelConfig(Config):
-    """Placeholder type of `model`: the block is parsed by the class that its name selects."""
-
-    name: str
-
-
 class RunConfig(Config):
     """One run: one YAML plus dotted overrides."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run's folder under `runs_dir`."""
     runs_dir: Path = Path("runs")
+    """Folder that holds the folders of runs."""
     preset: Preset = "corrected"
     task: str
     model: SerializeAsAny[Config]
@@ -71,8 +67,10 @@ class RunConfig(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     scaling: ScalingConfig = ScalingConfig()
     init_from: dict[str, Path] = Field(default_factory=dict)
-    """Submodule prefix -> run folder (its best checkpoint) or weights file to start from."""
+    """Submodule prefix -> run folder (its best weights) or weights file to start from, e.g.
+    {ehr_encoder: runs/lstm, cxr_encoder: runs/resnet34}."""
     seed: int = 0
+    """Seeds weights, sample order, augmentation and dropout."""
 
     @field_validator("model", mode="before")
     @classmethod
@@ -130,6 +128,22 @@ def from_dump(value: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(value)
 
 
+def extract_config(preset: Preset, overrides: Sequence[str] = ()) -> ExtractConfig:
+    """The extraction switches of a preset, overridden by switch=value items.
+
+    Raises:
+        InputError: An unknown switch or a wrong value.
+    """
+    prefix = "data.extract."
+    values = {
+        dotted.removeprefix(prefix): value
+        for dotted, value in preset_values(preset).items()
+        if dotted.startswith(prefix)
+    }
+    given = _nest(dict(_parse_override(item) for item in overrides))
+    return _validate(ExtractConfig, _merge(_nest(values), given), "extraction switches")
+
+
 def preset_values(preset: Preset) -> dict[str, Any]:
     """The dotted paths of a preset file."""
     return _read_yaml(PRESETS / f"{preset}.yaml") or {}
@@ -145,11 +159,15 @@ def _build(path: Path, document: dict[str, Any]) -> RunConfig:
         if _applies(dotted, document)
     }
     plain = {_strip(dotted): value for dotted, value in applicable.items()}
+    return _validate(RunConfig, _merge(_nest(plain), document), str(path))
+
+
+def _validate(block: type[ConfigT], values: dict[str, Any], place: str) -> ConfigT:
     try:
-        return RunConfig.model_validate(_merge(_nest(plain), document))
+        return block.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise InputError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+        lines = [_explain(block, item) for item in error.errors()]
+        raise InputError(f"{place}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 def _applies(dotted: str, document: dict[str, Any]) -> bool:
@@ -166,11 +184,11 @@ def _strip(dotted: str) -> str:
     return dotted.split("[", 1)[0] + dotted.split("]", 1)[1]
 
 
-def _explain(item: Any) -> str:
+def _explain(root: type[Config], item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"]) or "(run)"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(path.split(".")[-1], _known_keys(path), n=1)
+        close = difflib.get_close_matches(path.split(".")[-1], _known_keys(root, path), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"{path}: unknown key{hint}"
     if item["type"] == "missing":
@@ -178,8 +196,8 @@ def _explain(item: Any) -> str:
     return f"{path}: {message} (got {item['input']!r})" if path != "(run)" else message
 
 
-def _known_keys(path: str) -> list[str]:
-    block: Any = RunConfig
+def _known_keys(root: type[Config], path: str) -> list[str]:
+    block: Any = root
     for part in path.split(".")[:-1]:
         annotation = block.model_fields[part].annotation if part in block.model_fields else None
         if not (isinstance(annotation, type) and issubclass(annotation, Config)):

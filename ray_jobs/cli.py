@@ -1,0 +1,223 @@
+"""The `rayfuse` command. Heavy libraries are imported inside verbs, so that --help is quick."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from data.errors import InputError
+
+if TYPE_CHECKING:
+    from ray_jobs.config import RunConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help=(
+        "Train and evaluate multimodal clinical models on Ray, from raw MIMIC tables to a report."
+        "\n\n**First time:** `rayfuse doctor`, then `rayfuse demo` (no data access needed)."
+        "\n\n**With MIMIC:**"
+        " `rayfuse data extract --mimic-iv DIR --task mortality --out shards/ihm`,"
+        " `rayfuse train RUN.yaml data.shards=shards/ihm`, `rayfuse evaluate runs/NAME`,"
+        " `rayfuse report runs/NAME`."
+    ),
+)
+data_app = typer.Typer(
+    no_args_is_help=True,
+    help=(
+        "Raw tables to shards: synth or fetch, plan, stage, extract, then describe, check, diff."
+        "\n\nExample: `rayfuse data synth --out hospital --patients 500`, then"
+        " `rayfuse data extract --mimic-iv hospital/mimic-iv --mimic-cxr hospital/mimic-cxr"
+        " --task phenotyping_48h --out shards/pheno`."
+    ),
+)
+app.add_typer(data_app, name="data")
+
+PresetName = Literal["corrected", "code", "paper"]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="dotted.path=value, e.g. optim.lr=3e-4 train.epochs=5"),
+]
+Folder = Annotated[Path, typer.Argument(help="A run's folder, e.g. runs/medfuse")]
+Shards = Annotated[Path, typer.Argument(help="A folder of extracted shards")]
+Switches = Annotated[
+    list[str] | None, typer.Argument(help="switch=value of the extraction, e.g. timestep_hours=2")
+]
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.flush()
+
+
+def _extract_if_absent(run: RunConfig) -> None:
+    from data.manifest import FILE_NAME
+    from data.switches import Sources
+    from ray_jobs import extract as body
+
+    if (run.data.shards / FILE_NAME).is_file() or run.data.sources == Sources():
+        return
+    _say(f"{run.data.shards}: no shards yet, extracting")
+    body.run(
+        run.data.sources, run.task, run.data.shards, preset=run.preset, config=run.data.extract
+    )
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="A run's YAML: also check that its inputs exist")
+    ] = None,
+) -> None:
+    """Check this machine, and what a run needs: one line each, exit 1 if a run could not start."""
+    from ray_jobs import doctor as body
+
+    lines, healthy = body.examine(config)
+    _say("\n".join(lines))
+    raise typer.Exit(0 if healthy else 1)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's YAML (one run, or its stages)")],
+    overrides: Overrides = None,
+    fork: Annotated[
+        bool, typer.Option(help="The name is taken by another config: take the next free name")
+    ] = False,
+    address: Annotated[str | None, typer.Option(help="Ray address; default: local")] = None,
+) -> None:
+    """Train what RUN.yaml describes; the same command continues an interrupted run.
+
+    Shards that are absent are extracted first if the config names sources.
+    """
+    from ray_jobs import cluster
+    from ray_jobs import config as run_config
+    from ray_jobs import train as body
+
+    runs = run_config.load(config, overrides or [])
+    with cluster.connect(address):
+        for run in runs:
+            _extract_if_absent(run)
+            folder = body.run(run, fork=fork)
+            _say(f"{run.name}: finished; evaluate with `rayfuse evaluate {folder}`")
+
+
+@app.command()
+def evaluate(
+    run: Folder,
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Rows to score")] = "test",
+) -> None:
+    """Score a run's best weights: metrics with confidence intervals, predictions.parquet."""
+    from ray_jobs import evaluate as body
+
+    body.run(run, split=split)
+    _say(f"wrote {run}/eval/{split}/metrics.json; write the report with `rayfuse report {run}`")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One run's folder, or several to compare")],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; default: report.html of the first run")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML report of a run, or of several compared."""
+    from ray_jobs import report as body
+
+    written = body.write_report(runs, out or runs[0] / "report.html")
+    _say(f"wrote {written}")
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder of runs")] = Path("runs"),
+) -> None:
+    """List runs: state, task, model, step, best score."""
+    from ray_jobs.runs import listing
+
+    _say(listing(folder))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where tables, shards, runs, reports go")] = Path(
+        "runs/demo"
+    ),
+    only: Annotated[
+        Literal["synthetic", "real"] | None, typer.Option(help="Only one half of the demo")
+    ] = None,
+) -> None:
+    """No data needed: a synthetic hospital, then the open MIMIC demo patients, to reports."""
+    from ray_jobs import demo as body
+
+    body.run(out, only=only, say=_say)
+
+
+@app.command(name="import-weights")
+def import_weights(
+    system: Annotated[Literal["medfuse"], typer.Argument(help="Whose released checkpoint")],
+    file: Annotated[Path, typer.Argument(help="The authors' .pth.tar")],
+    out: Annotated[Path, typer.Option(help="safetensors file for `init_from:`")],
+) -> None:
+    """Turn the authors' released weights into ours (never unpickles code)."""
+    from fusion.weights import import_medfuse
+    from safetensors.torch import save_file
+
+    from data.files import atomic_path
+
+    weights = import_medfuse(file)
+    with atomic_path(out) as target:
+        save_file(weights, target)
+    _say(f"wrote {len(weights)} tensors of {system} to {out}")
+
+
+@data_app.command()
+def extract(
+    task: Annotated[str, typer.Option(help="mortality, phenotyping, phenotyping_48h, radiology")],
+    out: Annotated[Path, typer.Option(help="Folder for shards and manifest")],
+    mimic_iv: Annotated[Path | None, typer.Option(help="MIMIC-IV, raw or staged")] = None,
+    mimic_iii: Annotated[Path | None, typer.Option(help="MIMIC-III, raw or staged")] = None,
+    mimic_cxr: Annotated[Path | None, typer.Option(help="MIMIC-CXR-JPG")] = None,
+    notes: Annotated[Path | None, typer.Option(help="MIMIC-IV-Note or NOTEEVENTS")] = None,
+    preset: Annotated[PresetName, typer.Option(help="Published or corrected rules")] = "corrected",
+    switches: Switches = None,
+) -> None:
+    """Cohort, series, images and labels into shards; a killed extraction continues."""
+    from data.switches import Sources
+    from ray_jobs import cluster
+    from ray_jobs import extract as body
+    from ray_jobs.config import extract_config
+
+    sources = Sources(mimic_iv=mimic_iv, mimic_iii=mimic_iii, mimic_cxr=mimic_cxr, notes=notes)
+    config = extract_config(preset, switches or [])
+    with cluster.connect():
+        manifest = body.run(sources, task, out, preset=preset, config=config)
+    _say(f"{out}: {manifest.rows} samples of {task} ({manifest.release}); see `data describe`")
+
+
+def main() -> None:
+    """Run the command line; a fault the user can mend is one line and exit code 2."""
+    logging.basicConfig(
+        level=os.environ.get("RAYFUSE_LOG", "INFO"), format="%(message)s", stream=sys.stderr
+    )
+    try:
+        app()
+    except InputError as error:
+        # Ray raises a twin of the worker's error whose own text is a remote traceback.
+        cause = getattr(error, "cause", None) or error
+        sys.stderr.write(f"rayfuse: {cause}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("rayfuse: interrupted; the same command continues where it was\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
