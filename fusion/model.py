@@ -16,6 +16,8 @@ from data.config import Config
 from fusion import registry
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from data.schema import Batch
@@ -80,11 +82,20 @@ class FusionModel(nn.Module, ABC):
     modalities: ClassVar[tuple[str, ...]]
     """What it reads of a batch."""
     phases: tuple[Phase, ...] = (Phase(),)
+    pretrained: ClassVar[tuple[str, ...]] = ()
+    """Submodules that are frozen as they come: a run must name them in `init_from`."""
+    TINY: ClassVar[Mapping[str, Any]] = {}
+    """Overrides of its Config that build in milliseconds, for tests."""
 
     class Config(Config):
         """The paper's numbers, documented; `name` selects the model."""
 
         name: str
+
+    @classmethod
+    def tiny(cls) -> Config:
+        """Its smallest sensible Config: what the contract suite builds."""
+        return cls.Config(name=cls.name, **cls.TINY)
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
