@@ -3,7 +3,7 @@
     python -m data.demo.cut --items data/resources/items.csv \
         --mimic-iv DIR --mimic-iii DIR [--out data/demo]
 
-The items file is any CSV with an `itemid` column. MIMIC's folder layout, file names, column names,
+The items file is any CSV with an `itemid` column (lines of `#` are remarks). MIMIC's folder layout, file names, column names,
 text and row order are kept; only rows of other items and columns that nothing reads are left out.
 The written files are byte-identical on every run.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -90,18 +91,20 @@ def _write(table: pl.DataFrame, path: Path) -> None:
 
 def main() -> None:
     """Cut the demos named on the command line and print each table's rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--items", type=Path, required=True, help="CSV with a column itemid")
     parser.add_argument("--mimic-iv", type=Path, help="folder of the MIMIC-IV demo 2.2")
     parser.add_argument("--mimic-iii", type=Path, help="folder of the MIMIC-III demo 1.4")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     given = parser.parse_args()
-    items = pl.read_csv(given.items, infer_schema=False)["itemid"].unique()
+    items = pl.read_csv(given.items, infer_schema=False, comment_prefix="#")["itemid"].unique()
     for release, source in (("mimic-iv", given.mimic_iv), ("mimic-iii", given.mimic_iii)):
         if source is None:
             continue
         for name, (before, after) in cut(source, given.out / release, release, items).items():
-            print(f"{release}/{name}: {after:,} of {before:,} rows")
+            sys.stdout.write(f"{release}/{name}: {after:,} of {before:,} rows\n")
 
 
 if __name__ == "__main__":
