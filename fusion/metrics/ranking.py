@@ -8,7 +8,7 @@ sklearn: half a win each in AUROC, one threshold in average precision (Davis and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
@@ -34,9 +34,9 @@ class RankedLabel:
 
     def __init__(
         self,
-        targets: NDArray[np.generic],
-        scores: NDArray[np.generic],
-        groups: NDArray[np.integer] | None = None,
+        targets: NDArray[Any],
+        scores: NDArray[Any],
+        groups: NDArray[Any] | None = None,
         n_groups: int | None = None,
     ) -> None:
         targets, scores = np.asarray(targets), np.asarray(scores, np.float64)
@@ -51,7 +51,7 @@ class RankedLabel:
         self._segments, self._ties = self._segment(targets == 1, scores, rows)
 
     def _segment(
-        self, positive: NDArray[np.bool_], scores: NDArray[np.float64], rows: NDArray[np.integer]
+        self, positive: NDArray[np.bool_], scores: NDArray[np.float64], rows: NDArray[Any]
     ) -> tuple[sparse.csr_matrix, int]:
         """Rows of the sparse matrix: positives, tied negatives, negatives between; all by tie."""
         order = np.argsort(-scores, kind="stable")
@@ -100,7 +100,7 @@ def weight_dtype(total: float) -> type[np.floating]:
     return np.float32 if total < _EXACT_FLOAT32 else np.float64
 
 
-def auroc(targets: NDArray[np.generic], scores: NDArray[np.generic]) -> NDArray[np.float64]:
+def auroc(targets: NDArray[Any], scores: NDArray[Any]) -> NDArray[np.float64]:
     """Area under the ROC curve of each label.
 
     Args:
@@ -113,9 +113,7 @@ def auroc(targets: NDArray[np.generic], scores: NDArray[np.generic]) -> NDArray[
     return _each_label(targets, scores)[0]
 
 
-def average_precision(
-    targets: NDArray[np.generic], scores: NDArray[np.generic]
-) -> NDArray[np.float64]:
+def average_precision(targets: NDArray[Any], scores: NDArray[Any]) -> NDArray[np.float64]:
     """Average precision (AUPRC) of each label: [N, C] twice -> [C]; NaN where a class lacks."""
     return _each_label(targets, scores)[1]
 
@@ -127,7 +125,7 @@ def macro(values: NDArray[np.floating]) -> float:
 
 
 def _each_label(
-    targets: NDArray[np.generic], scores: NDArray[np.generic]
+    targets: NDArray[Any], scores: NDArray[Any]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     targets, scores = np.asarray(targets), np.asarray(scores)
     if targets.ndim != 2 or targets.shape != scores.shape:
