@@ -1,0 +1,144 @@
+"""Rows of the cohort become one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data.schema import N_FEATURES, Batch
+from data.transforms import IMAGENET_MEAN, IMAGENET_STD, expand, pixels
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from data.batches import BatchConfig
+    from data.normalise import Normalizer
+    from data.reader import Series, ShardReader
+
+    Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """A batch as small as it can travel: grey bytes instead of float images.
+
+    Attributes:
+        ehr: [B, T, 76] float32, normalised, zero beyond each length.
+        lengths: [B] int64, >= 1.
+        grey: [P, S, S] uint8, images of the rows that have one and keep it.
+        cxr_index: [P] int64, the row of each image.
+        rows: [B] int64, row ids.
+    """
+
+    ehr: NDArray[np.float32]
+    lengths: Rows
+    grey: NDArray[np.uint8]
+    cxr_index: Rows
+    rows: Rows
+
+
+class Packer:
+    """From row ids to packed batches; the same for any number of workers and processes."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        config: BatchConfig,
+        normalizer: Normalizer,
+        *,
+        train: bool,
+        seed: int,
+    ) -> None:
+        self._reader = reader
+        self._config = config
+        self._normalizer = normalizer
+        self._train = train
+        self._seed = seed
+
+    def pack(self, rows: Rows, epoch: int, withheld: NDArray[np.bool_]) -> PackedBatch:
+        """The batch of `rows` ([B]) in an epoch, without the images of `withheld` ([B] bool)."""
+        series = self._reader.series(rows, self._config.max_steps)
+        features = expand(series.values, series.observed)
+        self._normalizer.apply(features)
+        with_image = np.flatnonzero(self._reader.has_cxr[rows] & ~withheld)
+        size = self._config.image.size
+        grey = np.empty((len(with_image), size, size), np.uint8)
+        for place, row in enumerate(rows[with_image].tolist()):
+            key = (self._seed, epoch, row) if self._train else None
+            grey[place] = pixels(self._reader.image(row), self._config.image, key)
+        return PackedBatch(
+            ehr=pad(features, series),
+            lengths=np.maximum(series.lengths, 1),
+            grey=grey,
+            cxr_index=with_image.astype(np.int64),
+            rows=rows,
+        )
+
+
+def pad(features: NDArray[np.float32], series: Series) -> NDArray[np.float32]:
+    """[sum of lengths, 76] to [B, T, 76], zero on the right; T >= 1."""
+    lengths = series.lengths
+    steps = max(int(lengths.max(initial=1)), 1)
+    if len(lengths) and (lengths == steps).all():
+        return features.reshape(len(lengths), steps, N_FEATURES)
+    padded = np.zeros((len(lengths), steps, N_FEATURES), np.float32)
+    start = 0
+    for row, length in enumerate(lengths.tolist()):
+        padded[row, :length] = features[start : start + length]
+        start += length
+    return padded
+
+
+def to_batch(packed: PackedBatch, reader: ShardReader, config: BatchConfig) -> Batch:
+    """The batch a model gets.
+
+    With `missing_cxr: zeros` every row has an image, a zero tensor where it is missing, while
+    `present` still tells the truth (the MedFuse authors' released loader).
+    """
+    import torch
+
+    rows = packed.rows
+    present = np.zeros(len(rows), bool)
+    present[packed.cxr_index] = True
+    images = images_of(torch.from_numpy(packed.grey))
+    index = torch.from_numpy(packed.cxr_index)
+    cxr_targets = torch.from_numpy(reader.cxr_labels[rows[packed.cxr_index]])
+    if config.missing_cxr == "zeros":
+        images = _scatter(images, index, len(rows))
+        cxr_targets = _scatter(cxr_targets, index, len(rows))
+        index = torch.arange(len(rows))
+    return Batch(
+        ehr=torch.from_numpy(packed.ehr),
+        lengths=torch.from_numpy(packed.lengths),
+        cxr=images,
+        cxr_index=index,
+        present={
+            "ehr": torch.from_numpy(reader.has_ehr[rows]),
+            "cxr": torch.from_numpy(present),
+        },
+        targets=torch.from_numpy(reader.labels[rows]),
+        cxr_targets=cxr_targets,
+        rows=rows,
+    )
+
+
+def images_of(grey: torch.Tensor) -> torch.Tensor:
+    """[P, S, S] uint8 to [P, 3, S, S] float32: three equal channels, ImageNet mean and std."""
+    import torch
+
+    count, size, _ = grey.shape
+    images = torch.empty((count, 3, size, size))
+    scaled = grey.float()
+    for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
+        torch.mul(scaled, 1 / (255 * std), out=images[:, channel])
+        images[:, channel] -= mean / std
+    return images
+
+
+def _scatter(values: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
+    whole = values.new_zeros((count, *values.shape[1:]))
+    whole[index] = values
+    return whole

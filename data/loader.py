@@ -1,0 +1,141 @@
+"""The batches of one worker, in the plan's order, decoded here or in processes of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from data.collate import Packer, to_batch
+from data.errors import InputError
+from data.normalise import normalizer_for
+from data.plan import SamplePlan, blocks_of, select_rows, split_evenly, withheld
+from data.reader import ShardReader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from data.batches import BatchConfig
+    from data.normalise import Normalizer
+    from data.schema import Batch
+
+    Rows = NDArray[np.int64]
+
+
+class BatchLoader:
+    """This rank's share of each global batch, in order: a data.schema.BatchStream.
+
+    Rows, withheld images and augmentation depend on (seed, epoch, step, row) alone: the same for
+    any world size and any number of decoding processes.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        plan: SamplePlan,
+        config: BatchConfig,
+        normalizer: Normalizer,
+        *,
+        train: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Batches of `plan` for `rank` of `world_size`; only training augments and withholds."""
+        self.reader = reader
+        self.plan = plan
+        self.config = config
+        self._rank = rank
+        self._world_size = world_size
+        self._train = train
+        self._seed = seed
+        self._packer = Packer(reader, config, normalizer, train=train, seed=seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch, the short last one counted."""
+        return self.plan.steps_per_epoch
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch | None]:
+        """This rank's batches from `start_step` on; None where its share of a step is empty."""
+        for step in range(start_step, self.steps_per_epoch):
+            rows, mask = self.share(epoch, step)
+            if not len(rows):
+                yield None
+                continue
+            yield to_batch(self._packer.pack(rows, epoch, mask), self.reader, self.config)
+
+    def share(self, epoch: int, step: int) -> tuple[Rows, NDArray[np.bool_]]:
+        """This rank's row ids of a step, and which of them have their image withheld."""
+        rows = self.plan.batch(epoch, step)
+        fraction = self.config.withhold_cxr if self._train else 0.0
+        mask = withheld(self._seed, epoch, step, len(rows), fraction)
+        part = split_evenly(len(rows), self._rank, self._world_size)
+        return rows[part], mask[part]
+
+    def close(self) -> None:
+        """End the decoding processes."""
+
+
+def open_stream(  # noqa: PLR0913
+    shards: Path,
+    split: str,
+    config: BatchConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    train: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    rows: Literal["partial", "paired"] | None = None,
+) -> BatchLoader:
+    """The stream of a split for one rank.
+
+    Args:
+        shards: Shard folder with its manifest.
+        split: train, val or test.
+        config: From shards to batches.
+        batch_size: Rows of a global batch, over all ranks.
+        seed: Keys the order, the choice of unpaired rows, withholding and augmentation.
+        train: Shuffle, augment, withhold, and use the training rows' fraction of unpaired ones.
+        rank: This worker.
+        world_size: Workers.
+        rows: Every row or only those with an image; None takes `train_rows` when training,
+            `selection_rows` for the validation split, and every row otherwise.
+
+    Raises:
+        InputError: The shards are refused (see ShardReader), or the split has no such row.
+    """
+    reader = ShardReader(shards, config.cache_dir)
+    if rows is None:
+        default = config.selection_rows if split == "val" else "partial"
+        rows = config.train_rows if train else default
+    candidates = reader.rows_of(split)
+    chosen = select_rows(
+        candidates,
+        reader.has_cxr[candidates],
+        rows=rows,
+        seed=seed,
+        unpaired_fraction=config.unpaired_fraction if train else 1.0,
+        with_replacement=not train and config.unpaired_evaluation == "with_replacement",
+    )
+    if not len(chosen):
+        with_image = " with an image" if rows == "paired" else ""
+        raise InputError(
+            f"{shards}: the {split} split has no rows{with_image}; extract more subjects"
+            + (", or use the partial rows" if with_image else "")
+        )
+    plan = SamplePlan(blocks_of(chosen), batch_size, seed, shuffle=train)
+    normalizer = normalizer_for(reader, config)
+    return BatchLoader(
+        reader,
+        plan,
+        config,
+        normalizer,
+        train=train,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
