@@ -3,9 +3,9 @@
     python -m data.demo.cut --items data/resources/items.csv \
         --mimic-iv DIR --mimic-iii DIR [--out data/demo]
 
-The items file is any CSV with an `itemid` column (lines of `#` are remarks). MIMIC's folder layout, file names, column names,
-text and row order are kept; only rows of other items and columns that nothing reads are left out.
-The written files are byte-identical on every run.
+The items file is any CSV with an `itemid` column (lines of `#` are remarks). MIMIC's folder layout,
+file names, column names, text and row order are kept; only rows of other items and columns that
+nothing reads are left out. The written files are byte-identical on every run.
 """
 
 from __future__ import annotations
@@ -84,9 +84,8 @@ def _read(source: Path, name: str) -> pl.DataFrame:
 
 
 def _write(table: pl.DataFrame, path: Path) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as raw:
-        with gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=9, mtime=0) as packed:
-            packed.write(table.write_csv().encode())
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(gzip.compress(table.write_csv().encode(), mtime=0))
 
 
 def main() -> None:
