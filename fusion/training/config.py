@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data.config import Config
 
@@ -23,13 +23,30 @@ class TrainConfig(Config):
     selection_metric: Literal["auroc", "auprc"] = "auroc"
     """Macro mean over labels on the validation split."""
     evaluate: Literal["after_epoch", "before_epoch"] = "after_epoch"
-    """`before_epoch`: the released MedFuse loop, whose last epoch is never validated."""
+    """`before_epoch`: the released MedFuse loop. It validates before each epoch and counts them
+    from 1, so that `epochs` 50 trains 49, and the last one is never validated."""
     restore: Literal["best", "last"] = "best"
+    """Which weights the run ends with, in best/."""
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False
     batch_norm: Literal["per_worker", "synchronised"] = "per_worker"
+    """`per_worker`: each worker normalises by its own rows, and worker 0's running statistics are
+    those that are evaluated and saved. `synchronised`: by the rows of all workers."""
     drop_last: bool = False
     """The released train loader drops the short last batch; here it is used."""
+    log_every_steps: int = Field(default=20, ge=1)
+    """Steps whose means make one line of the metrics."""
+
+    @model_validator(mode="after")
+    def _trains(self) -> TrainConfig:
+        if self.evaluate == "before_epoch" and self.epochs < 2:
+            raise ValueError("evaluate=before_epoch trains epochs - 1 epochs: set epochs >= 2")
+        return self
+
+    @property
+    def trained_epochs(self) -> int:
+        """Epochs that update weights, if nothing stops them early."""
+        return self.epochs - (self.evaluate == "before_epoch")
 
 
 class CheckpointConfig(Config):

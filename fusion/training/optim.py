@@ -1,4 +1,4 @@
-"""Optimizer and schedule."""
+"""Optimizer, schedule, and the learning rate of each parameter."""
 
 from __future__ import annotations
 
@@ -23,3 +23,14 @@ class OptimConfig(Config):
     """`plateau` halves the rate after `plateau_patience` epochs without a lower val loss."""
     plateau_factor: float = Field(default=0.5, gt=0, lt=1)
     plateau_patience: int = Field(default=10, ge=0)
+
+
+def matches(name: str, prefix: str) -> bool:
+    """Whether a dotted name is `prefix`, lies below it, or the prefix is empty."""
+    return not prefix or name == prefix or name.startswith(prefix + ".")
+
+
+def rate(name: str, config: OptimConfig) -> float:
+    """The learning rate of a parameter: that of the longest matching prefix."""
+    prefixes = [prefix for prefix in config.group_lr if matches(name, prefix)]
+    return config.group_lr[max(prefixes, key=len)] if prefixes else config.lr

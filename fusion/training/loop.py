@@ -1,0 +1,340 @@
+"""The loop: fit, train_step, evaluate_model. It knows FusionModel and Strategy, nothing concrete.
+
+The result of a step is the same on any number of workers and micro-batches, up to rounding: every
+term is divided by the rows it counts over the whole step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from data.errors import InputError
+from fusion.training import checkpoint
+from fusion.training.metrics_log import Log, Silent
+from fusion.training.objective import MicroBatch, Objective, census, cut, placeholder
+from fusion.training.optimizers import build_schedules, train_mode
+from fusion.training.predict import Predictions, merge, predict, selection_score
+from fusion.training.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+    from data.schema import Batch, BatchStream
+    from fusion.model import FusionModel
+    from fusion.tasks import Task
+    from fusion.training.config import CheckpointConfig, TrainConfig
+    from fusion.training.optim import OptimConfig
+    from fusion.training.strategy import Strategy
+
+Ending = Literal["epochs", "patience", "interrupted"]
+PLACEHOLDER_SIZE = 32
+
+
+class NonFiniteLossError(InputError):
+    """A loss or a gradient is NaN or infinite; raised on every worker before the update."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The blocks of a run's config that the loop reads."""
+
+    train: TrainConfig
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+    seed: int = 0
+
+
+@dataclass
+class Session:
+    """One worker's part in a run.
+
+    Attributes:
+        strategy: Holds the prepared model and its optimizers.
+        task: The loss and the probabilities.
+        settings: The loop's config.
+        train: This worker's shares of each training step.
+        val: This worker's shares of the validation split.
+        folder: Where checkpoints/ and best/ are.
+        log: Where metrics go; silent on all workers but the first.
+        document: What every checkpoint's meta.json carries (the resolved config, versions).
+        stop_requested: Asked before each step on every worker; True on any ends the run with a
+            checkpoint.
+        after_validation: Called on every worker with the validation's values.
+    """
+
+    strategy: Strategy
+    task: Task
+    settings: Settings
+    train: BatchStream
+    val: BatchStream
+    folder: Path
+    log: Log = field(default_factory=Silent)
+    document: dict[str, Any] = field(default_factory=dict)
+    stop_requested: Callable[[], bool] = lambda: False
+    after_validation: Callable[[dict[str, float]], None] = lambda values: None
+    progress: Progress = field(default_factory=Progress)
+    schedules: list[ReduceLROnPlateau] = field(default_factory=list)
+    meter: Meter = field(default_factory=lambda: Meter())
+
+    @property
+    def checkpoints(self) -> Path:
+        """The run's checkpoints."""
+        return self.folder / "checkpoints"
+
+
+class Meter:
+    """Sums of what was minimised since the last line of the log."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def add(self, name: str, total: Tensor, rows: Tensor) -> None:
+        """Add this worker's sum of a term, and the rows that the whole step counts for it."""
+        self._sums[name] = self._sums.get(name, 0) + total.double()
+        self._rows[name] = self._rows.get(name, 0) + rows.double()
+
+    def means(self, strategy: Strategy) -> dict[str, float]:
+        """The mean of each term over all workers, each of whom calls it."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        totals = strategy.sum(torch.stack([self._sums[name] for name in names]))
+        rows = torch.stack([self._rows[name] for name in names]).to(totals.device)
+        values = (totals / rows).tolist()
+        return {
+            name: value for name, value, n in zip(names, values, rows.tolist(), strict=True) if n
+        }
+
+
+def prepare(
+    strategy: Strategy, factory: Callable[[], FusionModel], task: Task, settings: Settings
+) -> FusionModel:
+    """Build a model from the seed, alike on every worker, and make it ready to train.
+
+    Raises:
+        InputError: `optim.group_lr` names no parameter, or freezes a whole phase.
+    """
+    torch.manual_seed(settings.seed)
+    model = strategy.build(factory, settings.train)
+    strategy.prepare(Objective(model, task, settings.train), settings.optim)
+    checkpoint.seed_worker(settings.seed, strategy.rank)
+    return model
+
+
+def fit(session: Session) -> Ending:
+    """Train from where the newest complete checkpoint stands to the end of the run.
+
+    Returns:
+        Why it ended. After "interrupted" the same call goes on with the very next step; otherwise
+        best/ holds the weights that `train.restore` asks for.
+
+    Raises:
+        NonFiniteLossError: On every worker; the last checkpoint stays as it was.
+    """
+    config = session.settings.train
+    session.schedules = build_schedules(session.strategy.optimizers, session.settings.optim)
+    _resume(session)
+    progress = session.progress
+    while not progress.finished(config):
+        # A run stopped right after a validation does not count it twice.
+        if config.evaluate == "before_epoch" and progress.validations <= progress.epoch:
+            _validate(session)
+            if progress.exhausted(config):
+                break
+        if not _train_epoch(session):
+            return "interrupted"
+        if config.evaluate == "after_epoch":
+            _validate(session)
+        _save(session)
+    if config.restore == "last":
+        _write_best(session, selected="last")
+    return "patience" if progress.exhausted(config) else "epochs"
+
+
+def train_step(session: Session, share: Batch | None, counts: Tensor) -> None:
+    """One step: for each phase, forward and backward over the micro-batches, then the update.
+
+    Args:
+        session: This worker's.
+        share: This worker's rows of the global batch; None where it has none.
+        counts: The census of the whole global batch.
+
+    Raises:
+        NonFiniteLossError: On every worker alike, before the update.
+    """
+    strategy, settings = session.strategy, session.settings
+    filler = placeholder(session.task.spec, PLACEHOLDER_SIZE)
+    parts = [
+        MicroBatch(part.batch.to(strategy.device, non_blocking=True), part.weight)
+        for part in cut(share, settings.train.accumulation, filler)
+    ]
+    for number, phase in enumerate(strategy.model.phases):
+        for _ in range(phase.repeats):
+            strategy.model.zero_grad(set_to_none=True)
+            losses = []
+            for part in parts:
+                with strategy.accumulate(last=part is parts[-1]):
+                    loss, sums = strategy.forward(part, counts, phase)
+                    strategy.backward(loss)
+                losses.append(loss.detach())
+                _measure(session, phase.name, sums)
+            norm = strategy.clip(number, settings.optim.clip_norm)
+            _require_finite(session, parts, torch.stack(losses), norm)
+            strategy.step(number)
+            session.meter.add("loss", torch.stack(losses).sum(), torch.ones(()))
+
+
+def evaluate_model(session: Session, stream: BatchStream) -> Predictions:
+    """Predictions of a whole split, on every worker, in the order of its rows."""
+    strategy = session.strategy
+    strategy.align()
+    own = predict(strategy.model, stream.epoch(0), session.task, config=session.settings.train)
+    return merge(strategy.gather(own))
+
+
+def _train_epoch(session: Session) -> bool:
+    """Steps from the progress to the end of its epoch; False where a stop was asked for."""
+    strategy, progress, settings = session.strategy, session.progress, session.settings
+    train_mode(strategy.model)
+    every = settings.checkpoint.every_steps
+    for share in session.train.epoch(progress.epoch, progress.step):
+        asked = torch.tensor([float(session.stop_requested())], dtype=torch.float64)
+        totals = strategy.sum(torch.cat([census(share), asked]))
+        if totals[-1] > 0:
+            _save(session)
+            return False
+        train_step(session, share, totals[:-1])
+        progress.step += 1
+        progress.updates += 1
+        session.meter.steps += 1
+        if session.meter.steps == settings.train.log_every_steps:
+            _log_training(session)
+        if every and progress.updates % every == 0 and progress.step < _steps(session):
+            _save(session)
+    _log_training(session)
+    progress.epoch += 1
+    progress.step = 0
+    return True
+
+
+def _validate(session: Session) -> None:
+    """Score the validation split, alike on all workers; keep the weights if they are the best."""
+    strategy, progress = session.strategy, session.progress
+    predictions = evaluate_model(session, session.val)
+    metric = session.settings.train.selection_metric
+    # One worker decides: a sum in another order could tip a comparison.
+    score, loss = strategy.share(
+        (
+            selection_score(predictions.targets, predictions.probabilities, metric),
+            predictions.loss / len(predictions.rows),
+        )
+    )
+    better = progress.record(score)
+    for schedule in session.schedules:
+        schedule.step(loss)
+    values = {metric: score, "loss": loss, "lr": _rate(session), "rows": len(predictions.rows)}
+    session.log.write("val", progress, {**values, "best": better})
+    if better and session.settings.train.restore == "best":
+        _write_best(session, selected="best")
+    session.after_validation({**values, "epoch": progress.epoch, "updates": progress.updates})
+
+
+def _measure(session: Session, phase: str, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
+    alone = len(session.strategy.model.phases) == 1
+    for name, (total, rows) in sums.items():
+        session.meter.add(name if alone else f"{phase}/{name}", total, rows)
+
+
+def _require_finite(
+    session: Session, parts: list[MicroBatch], losses: Tensor, norm: Tensor
+) -> None:
+    strategy, progress = session.strategy, session.progress
+    finite = torch.isfinite(losses)
+    faulty = torch.stack([(~finite).any(), ~torch.isfinite(norm)])
+    lost, overflown = strategy.sum(faulty.double()).tolist()
+    if not lost and not overflown:
+        return
+    rows = [
+        row
+        for part, good in zip(parts, finite.tolist(), strict=True)
+        if not good and part.weight
+        for row in part.batch.rows.tolist()
+    ]
+    named = [row for own in strategy.gather(rows) for row in own]
+    what = "loss" if lost else "gradient"
+    where = f", rows {named[:32]} of the shards" if named else ""
+    raise NonFiniteLossError(
+        f"the {what} is NaN or infinite at epoch {progress.epoch}, step {progress.step}{where}; "
+        "nothing was updated: look at those rows, lower optim.lr or set optim.clip_norm"
+    )
+
+
+def _log_training(session: Session) -> None:
+    meter, session.meter = session.meter, Meter()
+    means = meter.means(session.strategy)
+    if means:
+        of = _steps(session) * session.settings.train.trained_epochs
+        values = {**means, "lr": _rate(session), "steps": meter.steps, "of": of}
+        session.log.write("train", session.progress, values)
+
+
+def _rate(session: Session) -> float:
+    return float(session.strategy.optimizers[0].param_groups[0]["lr"])
+
+
+def _steps(session: Session) -> int:
+    return session.train.steps_per_epoch
+
+
+def _save(session: Session) -> None:
+    _log_training(session)
+    meta = {
+        **session.document,
+        "progress": session.progress.dump(),
+        "schedules": [schedule.state_dict() for schedule in session.schedules],
+    }
+    keep = session.settings.checkpoint.num_to_keep
+    checkpoint.save(
+        session.checkpoints, session.progress.updates, session.strategy, meta, num_to_keep=keep
+    )
+    session.log.write("event", session.progress, {"event": "checkpoint"})
+    session.log.rotate()
+
+
+def _write_best(session: Session, selected: Literal["best", "last"]) -> None:
+    session.strategy.align()
+    if session.strategy.rank == 0:
+        meta = {**session.document, "progress": session.progress.dump(), "selected": selected}
+        checkpoint.write_weights(session.folder / "best", session.strategy.model, meta)
+    session.strategy.share(None)
+
+
+def _resume(session: Session) -> None:
+    strategy = session.strategy
+    found = strategy.share(
+        checkpoint.newest_complete(session.checkpoints) if strategy.rank == 0 else None
+    )
+    assert found is not None
+    if found.path is not None:
+        checkpoint.load(found.path, found.meta, strategy, session.settings.seed)
+        session.progress = Progress(**found.meta["progress"])
+        for schedule, state in zip(session.schedules, found.meta["schedules"], strict=True):
+            schedule.load_state_dict(state)
+            for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
+    event = {
+        "event": "start",
+        "updates": session.progress.updates,
+        "world": strategy.world,
+        "skipped": found.skipped,
+    }
+    session.log.write("event", session.progress, event)

@@ -1,0 +1,156 @@
+"""From a step's rows to its loss: counting, cutting, weighing.
+
+A term is a sum over rows. Its mean divides by the rows of the whole step, over all workers and
+micro-batches, that the term counts; the census taken before the forward pass knows them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.schema import MODALITIES, N_FEATURES, Batch
+from fusion.training.batch_norm import collective_statistics
+
+if TYPE_CHECKING:
+    from data.tasks import TaskSpec
+    from fusion.model import FusionModel, Phase
+    from fusion.tasks import Task
+    from fusion.training.config import TrainConfig
+
+N_PATTERNS = 2 ** len(MODALITIES)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A part of a worker's share of a step.
+
+    Attributes:
+        batch: Its rows, or a placeholder's.
+        weight: 1, or 0 for a placeholder: every worker runs the same passes in the same order,
+            whether it has rows or not, but only rows count.
+    """
+
+    batch: Batch
+    weight: float = 1.0
+
+
+def census(share: Batch | None) -> Tensor:
+    """[2^M] float64: how many rows have each pattern of the M modalities (bit m is modality m)."""
+    counts = torch.zeros(N_PATTERNS, dtype=torch.float64)
+    if share is None:
+        return counts
+    pattern = torch.zeros(len(share), dtype=torch.int64)
+    for bit, modality in enumerate(MODALITIES):
+        if modality in share.present:
+            pattern += share.present[modality].cpu().long() << bit
+    return counts + torch.bincount(pattern, minlength=N_PATTERNS)
+
+
+def population(counts: Tensor, over: tuple[str, ...]) -> Tensor:
+    """Scalar: the rows of a census that have every modality in `over`."""
+    needed = sum(1 << MODALITIES.index(modality) for modality in over)
+    patterns = torch.arange(N_PATTERNS, device=counts.device)
+    return counts[(patterns & needed) == needed].sum()
+
+
+def placeholder(spec: TaskSpec, image_size: int) -> Batch:
+    """Two constant rows without any modality: what a worker runs whose share is empty."""
+    return Batch(
+        ehr=torch.zeros(2, 1, N_FEATURES),
+        lengths=torch.ones(2, dtype=torch.int64),
+        cxr=torch.zeros(0, 3, image_size, image_size),
+        cxr_index=torch.zeros(0, dtype=torch.int64),
+        present={modality: torch.zeros(2, dtype=torch.bool) for modality in MODALITIES},
+        targets=torch.zeros(2, len(spec.labels)),
+        cxr_targets=torch.zeros(0, 14),
+        rows=np.zeros(0, np.int64),
+    )
+
+
+def cut(share: Batch | None, parts: int, filler: Batch) -> list[MicroBatch]:
+    """Cut a share into `parts` runs of rows as even as may be; empty ones run the filler."""
+    if share is None:
+        return [MicroBatch(filler, 0.0)] * parts
+    borders = [round(part * len(share) / parts) for part in range(parts + 1)]
+    pieces = [slice(borders[part], borders[part + 1]) for part in range(parts)]
+    return [
+        MicroBatch(_rows(share, piece)) if piece.stop > piece.start else MicroBatch(filler, 0.0)
+        for piece in pieces
+    ]
+
+
+def _rows(batch: Batch, piece: slice) -> Batch:
+    if piece == slice(0, len(batch)):
+        return batch
+    images = (batch.cxr_index >= piece.start) & (batch.cxr_index < piece.stop)
+    lengths = batch.lengths[piece]
+    return replace(
+        batch,
+        ehr=batch.ehr[piece, : int(lengths.max())],
+        lengths=lengths,
+        cxr=batch.cxr[images],
+        cxr_index=batch.cxr_index[images] - piece.start,
+        present={name: mask[piece] for name, mask in batch.present.items()},
+        targets=batch.targets[piece],
+        cxr_targets=batch.cxr_targets[images],
+        rows=batch.rows[piece],
+    )
+
+
+class Objective(nn.Module):
+    """A model with its task: forward gives the loss, so that a wrapper sees what is minimised."""
+
+    def __init__(self, model: FusionModel, task: Task, config: TrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.config = config
+
+    def forward(
+        self, micro: MicroBatch, counts: Tensor, phase: Phase
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """This micro-batch's part of the step's loss.
+
+        Args:
+            micro: Rows on the model's device.
+            counts: The step's census over all workers.
+            phase: Which terms to minimise.
+
+        Returns:
+            The loss, a scalar whose sum over workers and micro-batches is the step's, and for
+            each term its detached sum here and its rows in the whole step.
+
+        Raises:
+            KeyError: The phase names a term that the model does not give.
+        """
+        batch = micro.batch
+        with autocast(batch.targets.device, self.config), collective_statistics():
+            output = self.model(images_last(batch, self.config))
+        terms = {"task": self.task.loss(output.logits.float(), batch), **output.terms}
+        loss = torch.zeros((), device=batch.targets.device)
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        for name in phase.terms or terms:
+            term = terms[name]
+            total = term.sum.float() * micro.weight
+            rows = population(counts, term.over)
+            loss = loss + term.scale * total / rows.clamp(min=1).float()
+            sums[name] = (total.detach(), rows)
+        return loss, sums
+
+
+def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
+    """bfloat16 autocast where the precision asks for it."""
+    enabled = config.precision == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def images_last(batch: Batch, config: TrainConfig) -> Batch:
+    """The batch with its images in channels-last memory where the config asks for it."""
+    if not config.channels_last:
+        return batch
+    return replace(batch, cxr=batch.cxr.contiguous(memory_format=torch.channels_last))

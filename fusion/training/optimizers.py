@@ -1,0 +1,113 @@
+"""From a model and its OptimConfig to optimizers, one a phase, and their schedules."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from data.errors import InputError
+from fusion.training.optim import matches, rate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from fusion.model import Phase
+    from fusion.training.optim import OptimConfig
+
+
+def freeze(model: nn.Module, config: OptimConfig) -> None:
+    """Take the parameters whose rate is 0 out of training.
+
+    Raises:
+        InputError: A prefix of `group_lr` matches no parameter, or its rate is negative.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for prefix, lr in config.group_lr.items():
+        if not any(matches(name, prefix) for name in names):
+            known = sorted({part for name in names for part in _prefixes(name)})
+            close = difflib.get_close_matches(prefix, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(_tops(names))}"
+            raise InputError(f"optim.group_lr: the model has no parameter under {prefix!r}; {hint}")
+        if lr < 0:
+            raise InputError(f"optim.group_lr.{prefix}: a rate cannot be negative (got {lr})")
+    for name, parameter in model.named_parameters():
+        if rate(name, config) == 0:
+            parameter.requires_grad_(False)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Training mode, but evaluation mode for modules whose every parameter is frozen.
+
+    A frozen encoder then has neither dropout nor moving batch-norm statistics.
+    """
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def build_optimizers(
+    model: nn.Module, phases: Sequence[Phase], config: OptimConfig
+) -> list[Optimizer]:
+    """One optimizer a phase, over the trainable parameters that the phase updates.
+
+    Raises:
+        InputError: A phase has no trainable parameter left.
+    """
+    return [_build(model, phase, config) for phase in phases]
+
+
+def phase_parameters(model: nn.Module, phase: Phase) -> dict[str, nn.Parameter]:
+    """The trainable parameters a phase updates, by name."""
+    prefixes = phase.parameters or ("",)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and any(matches(name, prefix) for prefix in prefixes)
+    }
+
+
+def build_schedules(
+    optimizers: Sequence[Optimizer], config: OptimConfig
+) -> list[ReduceLROnPlateau]:
+    """One schedule an optimizer, stepped with the validation loss; none for `constant`."""
+    if config.schedule == "constant":
+        return []
+    return [
+        ReduceLROnPlateau(optimizer, factor=config.plateau_factor, patience=config.plateau_patience)
+        for optimizer in optimizers
+    ]
+
+
+def _build(model: nn.Module, phase: Phase, config: OptimConfig) -> Optimizer:
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in phase_parameters(model, phase).items():
+        groups.setdefault(rate(name, config), []).append(parameter)
+    if not groups:
+        raise InputError(
+            f"phase {phase.name!r} has no trainable parameter: optim.group_lr freezes them all; "
+            "give one of its prefixes a rate above 0"
+        )
+    kind: Any = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
+    optimizer: Optimizer = kind(
+        [{"params": members, "lr": lr} for lr, members in groups.items()],
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+    )
+    return optimizer
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def _tops(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(name.split(".")[0] for name in names))

@@ -1,0 +1,142 @@
+"""From a model and rows to predictions, and from predictions to the score that selects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from data.errors import InputError
+from fusion.metrics import ranking
+from fusion.training.config import TrainConfig
+from fusion.training.objective import autocast, images_last
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from data.schema import Batch
+    from fusion.model import FusionModel
+    from fusion.tasks import Task
+
+FP32 = TrainConfig()
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of N rows.
+
+    Attributes:
+        rows: [N] int64, indices into the manifest.
+        targets: [N, C] float32.
+        logits: [N, C] float32.
+        probabilities: [N, C] float32.
+        loss: The task's loss summed over the rows.
+        features: Named representations, [N, ...] each.
+    """
+
+    rows: np.ndarray
+    targets: np.ndarray
+    logits: np.ndarray
+    probabilities: np.ndarray
+    loss: float = 0.0
+    features: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def sorted(self) -> Predictions:
+        """The same predictions in the order of their rows."""
+        order = np.argsort(self.rows, kind="stable")
+        return Predictions(
+            rows=self.rows[order],
+            targets=self.targets[order],
+            logits=self.logits[order],
+            probabilities=self.probabilities[order],
+            loss=self.loss,
+            features={name: value[order] for name, value in self.features.items()},
+        )
+
+
+@torch.no_grad()
+def predict(
+    model: FusionModel,
+    batches: Iterable[Batch | None],
+    task: Task,
+    *,
+    config: TrainConfig = FP32,
+    features: Sequence[str] = (),
+) -> Predictions:
+    """Run a model over batches in evaluation mode, on the device where it lives.
+
+    Args:
+        model: Left in the mode it was in.
+        batches: None is passed over (an empty share).
+        task: Turns logits into probabilities.
+        config: Precision and memory format.
+        features: Names of `Output.features` to keep.
+
+    Returns:
+        Predictions in the order of the batches.
+    """
+    device = next(model.parameters()).device
+    parts: list[dict[str, Any]] = []
+    loss = 0.0
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    for batch in batches:
+        if batch is None:
+            continue
+        moved = batch.to(device, non_blocking=True)
+        with autocast(device, config):
+            output = model(images_last(moved, config))
+        logits = output.logits.float()
+        loss += float(task.loss(logits, moved).sum)
+        arrays = {"logits": logits, "probabilities": task.probabilities(logits)}
+        arrays |= {f"features/{name}": output.features[name].float() for name in features}
+        part = {name: value.cpu().numpy() for name, value in arrays.items()}
+        parts.append({**part, "targets": batch.targets.cpu().numpy(), "rows": batch.rows})
+    for module, mode in training.items():
+        module.training = mode
+    return _joined(parts, len(task.spec.labels), loss)
+
+
+def merge(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of several workers as one, in the order of the rows."""
+    named = set().union(*(part.features for part in parts))
+    filled = [part for part in parts if len(part.rows)] or list(parts[:1])
+    return Predictions(
+        rows=np.concatenate([part.rows for part in filled]),
+        targets=np.concatenate([part.targets for part in filled]),
+        logits=np.concatenate([part.logits for part in filled]),
+        probabilities=np.concatenate([part.probabilities for part in filled]),
+        loss=sum(part.loss for part in parts),
+        features={name: np.concatenate([part.features[name] for part in filled]) for name in named},
+    ).sorted()
+
+
+def selection_score(targets: np.ndarray, probabilities: np.ndarray, metric: str) -> float:
+    """The macro mean over labels of AUROC or average precision; labels of one class are left out.
+
+    Raises:
+        InputError: No label has both classes.
+    """
+    score = {"auroc": ranking.auroc, "auprc": ranking.average_precision}[metric]
+    value = float(ranking.macro(score(targets, probabilities)))
+    if np.isnan(value):
+        raise InputError(
+            f"the validation split ({len(targets)} rows) has no label with both classes, so it "
+            "cannot select a checkpoint; extract more patients or change the split"
+        )
+    return value
+
+
+def _joined(parts: list[dict[str, Any]], classes: int, loss: float) -> Predictions:
+    empty = np.zeros((0, classes), np.float32)
+    if not parts:
+        return Predictions(np.zeros(0, np.int64), empty, empty, empty)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    kept = {name: columns.pop(name) for name in list(columns) if name.startswith("features/")}
+    return Predictions(
+        **columns,
+        loss=loss,
+        features={name.split("/", 1)[1]: value for name, value in kept.items()},
+    )

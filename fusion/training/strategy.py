@@ -1,0 +1,310 @@
+"""How a model lives on its workers. The loop knows only the protocol, never a strategy's name.
+
+`single` and `ddp` hold everything on every worker; sharded strategies fit the same protocol.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+from data.errors import InputError
+from fusion.training import batch_norm
+from fusion.training.optimizers import build_optimizers, freeze, phase_parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch.optim import Optimizer
+
+    from fusion.model import FusionModel
+    from fusion.training.config import TrainConfig
+    from fusion.training.objective import Objective
+    from fusion.training.optim import OptimConfig
+
+T = TypeVar("T")
+
+
+class Strategy(Protocol):
+    """What the loop asks of a way to distribute."""
+
+    rank: int
+    world: int
+    device: torch.device
+    model: FusionModel
+    """The model itself, unwrapped."""
+    optimizers: list[Optimizer]
+    """One a phase."""
+
+    def build(self, factory: Callable[[], FusionModel], config: TrainConfig) -> FusionModel:
+        """Build the model on this worker's device."""
+        ...
+
+    def prepare(self, objective: Objective, config: OptimConfig) -> None:
+        """Freeze, make the optimizers, wrap the objective; every worker has equal weights after."""
+        ...
+
+    def forward(self, *inputs: Any) -> Any:
+        """The wrapped objective's forward pass."""
+        ...
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """Around one micro-batch; gradients travel with the last one."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients those of a loss whose sum over workers is the step's."""
+        ...
+
+    def step(self, phase: int) -> None:
+        """One update of a phase's optimizer."""
+        ...
+
+    def clip(self, phase: int, limit: float | None) -> Tensor:
+        """The global norm of a phase's gradients, scaled down to `limit` where it is larger."""
+        ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over workers, on this worker's device."""
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """Every worker's value, in rank order, on every worker."""
+        ...
+
+    def share(self, value: T) -> T:
+        """Worker 0's value."""
+        ...
+
+    def align(self) -> None:
+        """Give every worker the buffers of worker 0, before they are evaluated or saved."""
+        ...
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """The part of the trainable state that this worker owns, whatever the topology.
+
+        Keys: weight/<parameter>, buffer/<name>, and <slot>/<phase>/<parameter> for each slot of
+        the optimizer (exp_avg, exp_avg_sq, step).
+        """
+        ...
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up a state that any strategy on any number of workers gave."""
+        ...
+
+
+def owner(name: str, world: int) -> int:
+    """The worker that saves a parameter or buffer: a hash of its name, the same everywhere."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % world
+
+
+class Single:
+    """One worker."""
+
+    rank = 0
+    world = 1
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.model: FusionModel
+        self.optimizers: list[Optimizer] = []
+        self._wrapped: nn.Module
+
+    def build(self, factory: Callable[[], FusionModel], config: TrainConfig) -> FusionModel:
+        """Build the model on this worker's device."""
+        model = factory().to(self.device)
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.model = model
+        return model
+
+    def prepare(self, objective: Objective, config: OptimConfig) -> None:
+        """Freeze, make the optimizers, wrap the objective."""
+        freeze(self.model, config)
+        self.optimizers = build_optimizers(self.model, self.model.phases, config)
+        self._wrapped = objective
+
+    def forward(self, *inputs: Any) -> Any:
+        """The wrapped objective's forward pass."""
+        return self._wrapped(*inputs)
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """Nothing travels."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradients."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, phase: int) -> None:
+        """One update of a phase's optimizer."""
+        self.optimizers[phase].step()
+
+    def clip(self, phase: int, limit: float | None) -> Tensor:
+        """The global norm of a phase's gradients, scaled down to `limit` where it is larger."""
+        parameters = phase_parameters(self.model, self.model.phases[phase]).values()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor itself, on this worker's device."""
+        return tensor.to(self.device)
+
+    def gather(self, value: T) -> list[T]:
+        """The value alone."""
+        return [value]
+
+    def share(self, value: T) -> T:
+        """The value."""
+        return value
+
+    def align(self) -> None:
+        """Nothing to align."""
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """This worker's part of weights, buffers and moments."""
+        for name, parameter in self.model.named_parameters():
+            if owner(name, self.world) == self.rank:
+                yield f"weight/{name}", parameter.detach()
+        for name, buffer in persistent_buffers(self.model).items():
+            if owner(name, self.world) == self.rank:
+                yield f"buffer/{name}", buffer
+        for phase, optimizer in zip(self.model.phases, self.optimizers, strict=True):
+            for name, parameter in phase_parameters(self.model, phase).items():
+                if owner(name, self.world) == self.rank and parameter in optimizer.state:
+                    for slot, value in optimizer.state[parameter].items():
+                        yield f"{slot}/{phase.name}/{name}", value
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up weights, buffers and moments.
+
+        Raises:
+            InputError: The state is of another model: a name is missing or left over, or a shape
+                differs.
+        """
+        unused = set(tensors)
+        targets = {f"weight/{name}": value for name, value in self.model.named_parameters()}
+        buffers = persistent_buffers(self.model)
+        for key, target in {**targets, **{f"buffer/{n}": b for n, b in buffers.items()}}.items():
+            target.copy_(_matching(tensors, key, target))
+            unused.discard(key)
+        for phase, optimizer in zip(self.model.phases, self.optimizers, strict=True):
+            for name, parameter in phase_parameters(self.model, phase).items():
+                tail = f"/{phase.name}/{name}"
+                slots = {key[: -len(tail)]: key for key in unused if key.endswith(tail)}
+                optimizer.state[parameter] = {
+                    slot: tensors[key].clone().to("cpu" if slot == "step" else self.device)
+                    for slot, key in sorted(slots.items())
+                }
+                unused -= set(slots.values())
+        if unused:
+            raise InputError(
+                f"the checkpoint holds {sorted(unused)[0]!r}, which this model has not "
+                f"({len(unused)} such entries); continue with the run's own config"
+            )
+
+
+class DataParallel(Single):
+    """Every worker holds everything; gradients are averaged (torch's DistributedDataParallel).
+
+    Wants an initialised process group. Batch norms in `per_worker` mode let running statistics
+    differ between workers; `align` gives all of them worker 0's.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__(device)
+        self.rank = distributed.get_rank()
+        self.world = distributed.get_world_size()
+
+    def build(self, factory: Callable[[], FusionModel], config: TrainConfig) -> FusionModel:
+        """Build the model on this worker's device."""
+        model = super().build(factory, config)
+        if config.batch_norm == "synchronised" and self.world > 1:
+            # Its own group: the order of its collectives and of the gradients' is not fixed.
+            group: Any = distributed.new_group()
+            batch_norm.synchronise(model, group)
+        return model
+
+    def prepare(self, objective: Objective, config: OptimConfig) -> None:
+        """Freeze, make the optimizers, wrap the objective; weights become those of worker 0."""
+        super().prepare(objective, config)
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+        self._wrapped = nn.parallel.DistributedDataParallel(
+            objective,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            # A phase, or a step without paired rows, leaves parameters without a gradient.
+            find_unused_parameters=True,
+        )
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients stay here until the last micro-batch."""
+        assert isinstance(self._wrapped, nn.parallel.DistributedDataParallel)
+        return nullcontext() if last else self._wrapped.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradients; the wrapper averages over workers, so the loss is scaled."""
+        super().backward(loss * self.world)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over workers, on this worker's device."""
+        total = tensor.detach().to(self.device, copy=True)
+        distributed.all_reduce(total)
+        return total
+
+    def gather(self, value: T) -> list[T]:
+        """Every worker's value, in rank order, on every worker."""
+        values: list[Any] = [None] * self.world
+        distributed.all_gather_object(values, value)
+        return values
+
+    def share(self, value: T) -> T:
+        """Worker 0's value."""
+        values = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def align(self) -> None:
+        """Give every worker the buffers of worker 0."""
+        for _, buffer in sorted(persistent_buffers(self.model).items()):
+            distributed.broadcast(buffer, src=0)
+
+
+STRATEGIES: dict[str, Callable[[torch.device | str], Strategy]] = {
+    "single": Single,
+    "ddp": DataParallel,
+}
+
+
+def build_strategy(name: str, device: torch.device | str) -> Strategy:
+    """The strategy of that name on this worker's device."""
+    return STRATEGIES[name](device)
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to the state of a model, by name."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in model.state_dict().items() if name not in parameters}
+
+
+def _matching(tensors: Mapping[str, Tensor], key: str, target: Tensor) -> Tensor:
+    if key not in tensors:
+        raise InputError(
+            f"the checkpoint lacks {key!r}; continue with the run's own config, or start a new run"
+        )
+    value = tensors[key]
+    if value.shape != target.shape:
+        raise InputError(
+            f"the checkpoint's {key!r} has shape {tuple(value.shape)}, but the model's has "
+            f"{tuple(target.shape)}; continue with the run's own config"
+        )
+    return value
