@@ -148,6 +148,8 @@ def _metadata(release: str, path: Path) -> pl.DataFrame:
     )
     for column in ("dicom_id", "subject_id", "study_id"):
         _refuse_rows(release, path, found, column, parsed[column].is_null(), "is blank")
+    odd = ~parsed["dicom_id"].str.contains(r"^[\w-][\w.-]*$")
+    _refuse_rows(release, path, found, "dicom_id", odd, "is no DICOM id")
     return parsed
 
 
