@@ -1,0 +1,151 @@
+"""A missing modality is a mask: the one place where rows without a modality are handled.
+
+Every rank must call every submodule in the same order in every step, whatever its rows hold. So an
+encoder without rows still runs, on two constant rows whose output is multiplied by zero, with
+batch norm reading its running statistics; otherwise only the rows that have the modality are
+encoded, and their outputs scattered to the batch.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from data.schema import Batch
+
+MissingImage = Literal["not_encoded", "zero_image"]
+"""A missing image is never encoded, or (MedFuse's released code) a zero image is."""
+
+STAND_INS = 2
+
+
+@dataclass(frozen=True)
+class PresentRows:
+    """What an encoder gets of a modality, and the way back to the rows of the batch.
+
+    Attributes:
+        values: [N, ...] the P rows present; without any, constant stand-ins.
+        index: [P] int64, the batch row of each.
+        available: [B] bool, True = the scattered output holds something for this row.
+        stands_in: No row is present: `values` are stand-ins and count for nothing.
+    """
+
+    values: Tensor
+    index: Tensor
+    available: Tensor
+    stands_in: bool
+
+    def scatter(self, encoded: Tensor) -> Tensor:
+        """[N, ...] encoded rows to [B, ...]; rows that are not available hold zeros."""
+        empty = encoded.new_zeros(len(self.available), *encoded.shape[1:])
+        if self.stands_in:
+            return empty + 0.0 * encoded.sum()
+        rows = empty.index_copy(0, self.index, encoded)
+        return torch.where(_over_rows(self.available, rows), rows, 0.0)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """[B, ...] to the [N, ...] rows that are encoded."""
+        if self.stands_in:
+            return rows[:1].expand(len(self.values), *rows.shape[1:])
+        return rows[self.index]
+
+
+@contextmanager
+def present_images(
+    batch: Batch, encoder: nn.Module, missing: MissingImage = "not_encoded"
+) -> Iterator[PresentRows]:
+    """The images to encode, with `encoder`'s batch norms made safe for their number.
+
+    With fewer than two images batch norm has no batch to speak of, so it reads its running
+    statistics and leaves them alone. A synchronised batch norm stays in training mode, since the
+    other ranks wait for it, and gets no rows instead of stand-ins.
+
+    Args:
+        batch: P images of B rows.
+        encoder: The module that will see them.
+        missing: `zero_image` gives every row without an image a zero image to encode.
+    """
+    images, index = batch.cxr, batch.cxr_index
+    available = batch.present["cxr"]
+    if missing == "zero_image":
+        dense = images.new_zeros(len(batch), *images.shape[1:])
+        images = dense.index_copy(0, index, images)
+        index = torch.arange(len(batch), device=images.device)
+        available = torch.ones_like(available)
+    stands_in = len(index) == 0
+    if stands_in:
+        count = 0 if _any_synchronised(encoder) else STAND_INS
+        images = images.new_zeros(count, *images.shape[1:])
+    with _steady_norms(encoder, steady=stands_in or len(index) == 1):
+        yield PresentRows(images, index, available, stands_in)
+
+
+def present_series(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The time series with everything that must not be read set to a constant.
+
+    Rows without a series become one step of zeros, and steps beyond a row's length zeros, so that
+    no encoder can depend on their content. The caller drops what is encoded for absent rows
+    (`keep_present`).
+
+    Returns:
+        [B, T, F] series and [B] int64 lengths, >= 1.
+    """
+    present = batch.present["ehr"]
+    lengths = torch.where(present, batch.lengths, 1)
+    valid = valid_steps(batch.lengths, batch.ehr.shape[1]) & present[:, None]
+    return torch.where(valid[:, :, None], batch.ehr, 0.0), lengths
+
+
+def keep_present(encoded: Tensor, present: Tensor) -> Tensor:
+    """[B, ...] with the rows where `present` ([B] bool) is False set to zero."""
+    return torch.where(_over_rows(present, encoded), encoded, 0.0)
+
+
+def valid_steps(lengths: Tensor, steps: int) -> Tensor:
+    """[B, T] bool, True = a step within its row's length."""
+    return torch.arange(steps, device=lengths.device) < lengths[:, None]
+
+
+def _over_rows(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.view(-1, *[1] * (like.dim() - 1))
+
+
+def _is_synchronised(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.SyncBatchNorm)
+        and module.training
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size(module.process_group) > 1
+    )
+
+
+def _any_synchronised(encoder: nn.Module) -> bool:
+    return any(_is_synchronised(module) for module in encoder.modules())
+
+
+@contextmanager
+def _steady_norms(encoder: nn.Module, *, steady: bool) -> Iterator[None]:
+    norms = [
+        module
+        for module in encoder.modules()
+        if steady
+        and isinstance(module, _BatchNorm)
+        and module.training
+        and not _is_synchronised(module)
+    ]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
