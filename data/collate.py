@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data.errors import InputError
 from data.schema import N_FEATURES, Batch
-from data.transforms import IMAGENET_MEAN, IMAGENET_STD, expand, pixels
+from data.series import expand
+from data.transforms import IMAGENET_MEAN, IMAGENET_STD, pixels
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +70,10 @@ class Packer:
         grey = np.empty((len(with_image), size, size), np.uint8)
         for place, row in enumerate(rows[with_image].tolist()):
             key = (self._seed, epoch, row) if self._train else None
-            grey[place] = pixels(self._reader.image(row), self._config.image, key)
+            try:
+                grey[place] = pixels(self._reader.image(row), self._config.image, key)
+            except InputError as error:
+                raise InputError(f"{self._reader.folder}: row {row}: {error}") from None
         return PackedBatch(
             ehr=pad(features, series),
             lengths=np.maximum(series.lengths, 1),

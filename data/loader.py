@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from data.collate import Packer, to_batch
+from data.collate import to_batch
+from data.decoding import DecodingPool, Recipe, Share
 from data.errors import InputError
 from data.normalise import normalizer_for
 from data.plan import SamplePlan, blocks_of, select_rows, split_evenly, withheld
@@ -14,14 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from data.batches import BatchConfig
+    from data.collate import PackedBatch
     from data.normalise import Normalizer
     from data.schema import Batch
-
-    Rows = NDArray[np.int64]
 
 
 class BatchLoader:
@@ -51,7 +48,10 @@ class BatchLoader:
         self._world_size = world_size
         self._train = train
         self._seed = seed
-        self._packer = Packer(reader, config, normalizer, train=train, seed=seed)
+        self._recipe = Recipe(
+            reader.folder, config.cache_dir, config, normalizer, train=train, seed=seed
+        )
+        self._pool: DecodingPool | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -60,23 +60,32 @@ class BatchLoader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch | None]:
         """This rank's batches from `start_step` on; None where its share of a step is empty."""
-        for step in range(start_step, self.steps_per_epoch):
-            rows, mask = self.share(epoch, step)
-            if not len(rows):
-                yield None
-                continue
-            yield to_batch(self._packer.pack(rows, epoch, mask), self.reader, self.config)
+        shares = (self.share(epoch, step) for step in range(start_step, self.steps_per_epoch))
+        if self.config.processes:
+            if self._pool is None:
+                self._pool = DecodingPool(self._recipe, self.config.processes)
+            yield from self._pool.map(shares, self._finish)
+            return
+        packer = self._recipe.packer(self.reader)
+        for share in shares:
+            yield self._finish(packer.pack(*share)) if len(share.rows) else None
 
-    def share(self, epoch: int, step: int) -> tuple[Rows, NDArray[np.bool_]]:
+    def share(self, epoch: int, step: int) -> Share:
         """This rank's row ids of a step, and which of them have their image withheld."""
         rows = self.plan.batch(epoch, step)
         fraction = self.config.withhold_cxr if self._train else 0.0
         mask = withheld(self._seed, epoch, step, len(rows), fraction)
         part = split_evenly(len(rows), self._rank, self._world_size)
-        return rows[part], mask[part]
+        return Share(rows[part], epoch, mask[part])
+
+    def _finish(self, packed: PackedBatch) -> Batch:
+        return to_batch(packed, self.reader, self.config)
 
     def close(self) -> None:
-        """End the decoding processes."""
+        """End the decoding processes; a later epoch starts them again."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
 
 def open_stream(  # noqa: PLR0913

@@ -11,8 +11,7 @@ import numpy as np
 
 from data.errors import InputError
 from data.files import sha256_json, write_json
-from data.schema import CHANNELS, CONTINUOUS
-from data.transforms import CONTINUOUS_COLUMNS
+from data.schema import CHANNELS, CONTINUOUS, FEATURE_NAMES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
 
     from data.batches import BatchConfig
     from data.reader import ShardReader
+
+CONTINUOUS_COLUMNS = [FEATURE_NAMES.index(CHANNELS[v].name) for v in CONTINUOUS]
+"""Columns of the 76 features that a normaliser touches, in the order of CONTINUOUS."""
 
 STD_FLOOR = 1e-7
 _FIT_ROWS = 1024

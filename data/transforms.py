@@ -1,4 +1,4 @@
-"""From stored values to features, and from JPEG bytes to pixels: pure functions of arrays."""
+"""From JPEG bytes to pixels: pure functions of bytes and a key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 
 from data.errors import InputError
 from data.plan import Purpose, draw, uniform
-from data.schema import CHANNELS, CONTINUOUS, N_CHANNELS, N_FEATURES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,40 +17,12 @@ if TYPE_CHECKING:
 
     from data.batches import ImageTransform
 
-_WIDTHS = [len(channel.levels) or 1 for channel in CHANNELS]
-_STARTS = np.cumsum([0, *_WIDTHS[:-1]])
-_CONTINUOUS = np.array(CONTINUOUS)
-_CATEGORICAL = np.array([v for v in range(N_CHANNELS) if v not in CONTINUOUS])
-CONTINUOUS_COLUMNS = _STARTS[_CONTINUOUS]
-"""Columns of the 76 features that a normaliser touches, in the order of CONTINUOUS."""
-_MASKS = N_FEATURES - N_CHANNELS
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _MAX_ANGLE = 45.0
 _MAX_SHIFT = 0.15
 _SCALES = (0.85, 1.15)
-
-
-def expand(values: NDArray[np.float32], observed: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The 76 features of each bin: 12 numbers and 47 one-hot levels, then 17 observation masks.
-
-    Args:
-        values: [N, 17]; a categorical channel holds its level's index. N may be the bins of many
-            rows, one after the other.
-        observed: [N, 17], 1 where the bin was observed.
-
-    Returns:
-        [N, 76] float32, columns as in FEATURE_NAMES; each categorical block sums to 1.
-    """
-    features = np.zeros((len(values), N_FEATURES), np.float32)
-    features[:, CONTINUOUS_COLUMNS] = values[:, _CONTINUOUS]
-    features[:, _MASKS:] = observed
-    levels = values[:, _CATEGORICAL].astype(np.int64)
-    first = np.arange(len(values))[:, None] * N_FEATURES + _STARTS[_CATEGORICAL]
-    features.reshape(-1)[first + levels] = 1.0
-    return features
 
 
 def decode_grey(jpeg: bytes, short_side: int) -> Image.Image:
