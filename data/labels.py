@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 N_LABELS = len(PHENOTYPES)
 _KEY = ["icd_version", "icd_code"]
+_ICD9, _ICD10 = 9, 10
 
 
 def phenotype_labels(
@@ -75,9 +76,10 @@ def _mapping(codes: pl.DataFrame, config: ExtractConfig) -> pl.DataFrame:
         return codes.join(by_code, on="icd_code", how="inner")
     if config.icd10_map != "resolved":
         return codes.join(table, on=_KEY, how="inner")
-    present = codes.drop_nulls()
-    known = [ontology.known_code(version, code) for version, code in present.rows()]
-    looked_up = present.with_columns(pl.Series("known", known, dtype=pl.String))
-    return looked_up.join(
-        table, left_on=["icd_version", "known"], right_on=_KEY, how="inner"
-    ).select(*_KEY, "label")
+    icd9 = codes.join(table.filter(pl.col("icd_version") == _ICD9), on=_KEY, how="inner")
+    of_icd10 = [
+        (_ICD10, code, label)
+        for code in codes.filter(pl.col("icd_version") == _ICD10)["icd_code"].drop_nulls()
+        for label in ontology.resolved_labels(code)
+    ]
+    return pl.concat([icd9, pl.DataFrame(of_icd10, schema=table.schema, orient="row")])

@@ -7,8 +7,8 @@ through the CMS General Equivalence Mappings of fiscal year 2018 by one of three
   code has the groups of all of them. Plain rows are alternatives, so a code has the group of one
   of them: where they disagree, (a) the majority over the backward targets and the ICD-9 codes
   whose forward mapping reaches the code, counted together; (b) on a tie, if exactly one candidate
-  is among the 25, that one; (c) else the group of the smallest tied ICD-9 code. Codes younger than
-  the GEMs take the longest known prefix.
+  is among the 25, that one; (c) else the group of the smallest tied ICD-9 code. Codes that the GEMs
+  do not know take the labels of a known neighbour (`resolved_labels`).
 - `forward_last`: what the released code of MedFuse and DrFuse ships, which keeps only the last
   target of each ICD-9 code's forward mapping; a later ICD-9 code overwrites an earlier one.
 - `backward_first`: the naive reading of the papers, the first target of the backward mapping.
@@ -16,7 +16,9 @@ through the CMS General Equivalence Mappings of fiscal year 2018 by one of three
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from importlib import resources
@@ -190,17 +192,36 @@ def phenotype_map(rule: Rule) -> pl.DataFrame:
     return table.sort("icd_version", "icd_code", "label")
 
 
-def known_code(icd_version: int, icd_code: str) -> str:
-    """The code, or for an ICD-10 code younger than the GEMs its longest prefix that they know.
+def resolved_labels(icd10_code: str) -> frozenset[int]:
+    """The labels of any ICD-10 code under `resolved`, also of one that the GEMs do not know.
 
-    A code without any known prefix is returned as it is: it has no label.
+    A code younger than the GEMs (I48.20 of 2020) takes the labels of its longest known prefix. One
+    that they have dropped because it was divided (E78.0, into E78.00 and E78.01 in 2017) takes the
+    labels that all its divisions share. Any other has none.
     """
-    if icd_version != 10 or icd_code in backward_gem():
-        return icd_code
-    for length in range(len(icd_code) - 1, _SHORTEST_CODE - 1, -1):
-        if icd_code[:length] in backward_gem():
-            return icd_code[:length]
-    return icd_code
+    labels_of = _label_sets("resolved")
+    if icd10_code in backward_gem():
+        return labels_of.get(icd10_code, frozenset())
+    divisions = _divisions(icd10_code)
+    if divisions:
+        return frozenset.intersection(*(labels_of.get(code, frozenset()) for code in divisions))
+    for length in range(len(icd10_code) - 1, _SHORTEST_CODE - 1, -1):
+        if icd10_code[:length] in backward_gem():
+            return labels_of.get(icd10_code[:length], frozenset())
+    return frozenset()
+
+
+@functools.cache
+def _sorted_icd10() -> tuple[str, ...]:
+    return tuple(sorted(backward_gem()))
+
+
+def _divisions(icd10_code: str) -> tuple[str, ...]:
+    if len(icd10_code) < _SHORTEST_CODE:
+        return ()
+    codes = _sorted_icd10()
+    start = bisect.bisect_left(codes, icd10_code)
+    return tuple(itertools.takewhile(lambda code: code.startswith(icd10_code), codes[start:]))
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ def test_labels_of_admissions():
 
 
 def test_blanks_dots_case_and_young_codes():
-    table = diagnoses((1, "i48.20 ", 10), (2, "E87.20", 10), (3, "0389   ", 9))
-    assert positives(table) == {1: {3}, 2: {14}, 3: {23}}
+    table = diagnoses((1, "i48.20 ", 10), (2, "E87.20", 10), (3, "0389   ", 9), (4, "E780", 10))
+    assert positives(table) == {1: {3}, 2: {14}, 3: {23}, 4: {12}}
 
 
 def test_the_map_switch_changes_labels():

@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 
 from data import ontology
-from data.ontology import backward_gem, icd9_groups, known_code, phenotype_map
+from data.ontology import backward_gem, icd9_groups, phenotype_map
 from data.tasks import PHENOTYPES
 
 
@@ -166,12 +166,21 @@ def test_disagreement_counts_add_up():
     assert same.by_label["only_a"].sum() == 0 == same.by_label["only_b"].sum()
 
 
-def test_young_codes_take_the_longest_known_prefix():
-    assert known_code(10, "I4820") == "I482"
-    assert known_code(10, "E8720") == "E872"
-    assert known_code(10, "I10") == "I10"
-    assert known_code(10, "U071") == "U071"
-    assert known_code(9, "99999") == "99999"
+@pytest.mark.parametrize(
+    ("code", "labels"),
+    [
+        ("I4820", {3}),  # younger than the GEMs: I48.2
+        ("E8720", {14}),  # E87.2
+        ("E780", {12}),  # divided in 2017: E78.00 and E78.01 agree
+        ("I63", {1}),  # a heading whose divisions agree
+        ("E11", set()),  # its divisions do not share a label
+        ("U071", set()),
+        ("J9", set()),
+        ("I10", {13}),
+    ],
+)
+def test_codes_the_gems_do_not_know(code, labels):
+    assert ontology.resolved_labels(code) == labels
 
 
 def test_order_and_types_of_the_labels():
