@@ -28,10 +28,13 @@ class TransformerOptions(Config):
     hidden: int = Field(default=256, ge=1)
     """Width of every representation (d)."""
     heads: int = Field(default=4, ge=1)
+    """Attention heads of a layer."""
     feedforward: int = Field(default=2048, ge=1)
+    """Width of the network after each attention."""
     layers: int = Field(default=1, ge=1)
     """Layers of each branch, after the one that the branches share."""
     dropout: float = Field(default=0.3, ge=0, lt=1)
+    """Inside the layers."""
     max_length: int = Field(default=350, ge=1)
     """Learned positions; a longer series is cut to its first steps."""
 

@@ -64,9 +64,8 @@ def present_images(
 ) -> Iterator[PresentRows]:
     """The images to encode, with `encoder`'s batch norms made safe for their number.
 
-    With fewer than two images batch norm has no batch to speak of, so it reads its running
-    statistics and leaves them alone. A synchronised batch norm stays in training mode, since the
-    other ranks wait for it, and gets no rows instead of stand-ins.
+    With fewer than two images batch norm has no batch to speak of, so it is in evaluation mode: it
+    reads its running statistics and does not move them.
 
     Args:
         batch: P images of B rows.
@@ -82,8 +81,7 @@ def present_images(
         available = torch.ones_like(available)
     stands_in = len(index) == 0
     if stands_in:
-        count = 0 if _any_synchronised(encoder) else STAND_INS
-        images = images.new_zeros(count, *images.shape[1:])
+        images = images.new_zeros(STAND_INS, *images.shape[1:])
     with _steady_norms(encoder, steady=stands_in or len(index) == 1):
         yield PresentRows(images, index, available, stands_in)
 
@@ -118,29 +116,12 @@ def _over_rows(mask: Tensor, like: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (like.dim() - 1))
 
 
-def _is_synchronised(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.SyncBatchNorm)
-        and module.training
-        and torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size(module.process_group) > 1
-    )
-
-
-def _any_synchronised(encoder: nn.Module) -> bool:
-    return any(_is_synchronised(module) for module in encoder.modules())
-
-
 @contextmanager
 def _steady_norms(encoder: nn.Module, *, steady: bool) -> Iterator[None]:
     norms = [
         module
         for module in encoder.modules()
-        if steady
-        and isinstance(module, _BatchNorm)
-        and module.training
-        and not _is_synchronised(module)
+        if steady and isinstance(module, _BatchNorm) and module.training
     ]
     for norm in norms:
         norm.eval()

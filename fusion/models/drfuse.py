@@ -61,6 +61,7 @@ class DrFuse(FusionModel, name="drfuse"):
 
         name: Literal["drfuse"] = "drfuse"
         depth: Depth = 50
+        """Layers of the residual network; smaller ones are for small images."""
         stem: Literal["per_branch", "shared"] = "per_branch"
         """`shared`: one first convolution and batch norm for both image branches (the code)."""
         missing_image: MissingImage = "not_encoded"

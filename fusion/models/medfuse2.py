@@ -39,6 +39,7 @@ class MedFuse2(FusionModel, name="medfuse2"):
 
         name: Literal["medfuse2"] = "medfuse2"
         depth: Depth = 50
+        """Layers of the residual network; smaller ones are for small images."""
         fusion_hidden: int = Field(default=512, ge=1)
         """Width of the fusion LSTM."""
 

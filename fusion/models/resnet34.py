@@ -29,6 +29,7 @@ class ResNet34(FusionModel, name="resnet34"):
 
         name: Literal["resnet34"] = "resnet34"
         depth: Depth = 34
+        """Layers of the residual network; smaller ones are for small images."""
 
     def __init__(self, config: Config, task: TaskSpec) -> None:
         super().__init__(config, task)

@@ -29,6 +29,7 @@ class ResNet50(FusionModel, name="resnet50"):
 
         name: Literal["resnet50"] = "resnet50"
         depth: Depth = 50
+        """Layers of the residual network; smaller ones are for small images."""
 
     def __init__(self, config: Config, task: TaskSpec) -> None:
         super().__init__(config, task)
