@@ -115,7 +115,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> list[RunConfig]:
     document = _read_yaml(path)
     stages = document.pop("stages", [{}])
     flat = dict(_parse_override(item) for item in overrides)
-    return [_build(path, _merge(_merge(document, stage), _nest(flat))) for stage in stages]
+    return [
+        from_document(_merge(_merge(document, stage), _nest(flat)), place=str(path))
+        for stage in stages
+    ]
 
 
 def dump(config: RunConfig, path: Path) -> None:
@@ -149,17 +152,22 @@ def preset_values(preset: Preset) -> dict[str, Any]:
     return _read_yaml(PRESETS / f"{preset}.yaml") or {}
 
 
-def _build(path: Path, document: dict[str, Any]) -> RunConfig:
+def from_document(document: dict[str, Any], *, place: str) -> RunConfig:
+    """The run of a nested mapping, its preset applied beneath it; `place` heads error messages.
+
+    Raises:
+        InputError: A key or value is wrong.
+    """
     preset = document.get("preset", "corrected")
     if preset not in ("corrected", "code", "paper"):
-        raise InputError(f"{path}: preset {preset!r}; choose corrected, code or paper")
+        raise InputError(f"{place}: preset {preset!r}; choose corrected, code or paper")
     applicable = {
         dotted: value
         for dotted, value in preset_values(preset).items()
         if _applies(dotted, document)
     }
-    plain = {_strip(dotted): value for dotted, value in applicable.items()}
-    return _validate(RunConfig, _merge(_nest(plain), document), str(path))
+    plain = {plain_path(dotted): value for dotted, value in applicable.items()}
+    return _validate(RunConfig, _merge(_nest(plain), document), place)
 
 
 def _validate(block: type[ConfigT], values: dict[str, Any], place: str) -> ConfigT:
@@ -178,7 +186,8 @@ def _applies(dotted: str, document: dict[str, Any]) -> bool:
     return document.get("model", {}).get("name") in wanted
 
 
-def _strip(dotted: str) -> str:
+def plain_path(dotted: str) -> str:
+    """A preset's path without the models it is limited to."""
     if "[" not in dotted:
         return dotted
     return dotted.split("[", 1)[0] + dotted.split("]", 1)[1]
