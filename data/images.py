@@ -189,12 +189,13 @@ def _repair_of(encoded: bytes) -> str:
 
 def _decode(raw: bytes, short_side: int) -> tuple[Image.Image, str]:
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of torn metadata, which is not kept
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image: Image.Image = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG"))
-    if min(image.size) < _SMALLEST_SIDE:
-        raise UnreadableImageError(f"fewer than {_SMALLEST_SIDE} pixels on a side")
-    image.draft("L", (short_side, short_side))
-    image.load()
+        if min(image.size) < _SMALLEST_SIDE:
+            raise UnreadableImageError(f"fewer than {_SMALLEST_SIDE} pixels on a side")
+        image.draft("L", (short_side, short_side))
+        image.load()
     if image.mode in _WIDE_MODES:
         return _stretch(image), "images scaled from 16 bits"
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
