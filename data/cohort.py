@@ -177,16 +177,17 @@ def _died(config: ExtractConfig) -> pl.Expr:
     """In-hospital mortality.
 
     `mixed` is the released rule: date of death (a date: midnight) or time of death in
-    [admission, discharge]. `time` asks the time of death; only where there is none does a date of
-    death count, and only if that whole day ends before the discharge, so that a patient who went
-    home and died the same day is not counted, and one who died on the day of admission is.
+    [admission, discharge]. `time` asks the time of death, from the admission to a day after the
+    discharge: MIMIC has one only for deaths in hospital, and often writes such a discharge as the
+    midnight before. Only where there is no time of death does a date of death count, and only if
+    that whole day ends before the discharge: who went home and died the same day is not counted,
+    who died on the day of admission is.
     """
-
-    def inside(column: str) -> pl.Expr:
-        return pl.col(column).is_between("admittime", "dischtime").fill_null(value=False)
-
+    known = pl.col("deathtime").is_not_null()
     if config.deaths == "mixed":
-        return inside("dod") | inside("deathtime")
+        by_date = pl.col("dod").is_between("admittime", "dischtime").fill_null(value=False)
+        return by_date | pl.col("deathtime").is_between("admittime", "dischtime")
+    by_time = pl.col("deathtime").is_between("admittime", pl.col("dischtime") + _DAY)
     day = pl.col("dod").dt.truncate("1d")
-    whole_day = (day >= pl.col("admittime").dt.truncate("1d")) & (day + _DAY <= pl.col("dischtime"))
-    return pl.when(pl.col("deathtime").is_not_null()).then(inside("deathtime")).otherwise(whole_day)
+    by_day = (day >= pl.col("admittime").dt.truncate("1d")) & (day + _DAY <= pl.col("dischtime"))
+    return pl.when(known).then(by_time).otherwise(by_day)
