@@ -136,6 +136,7 @@ def test_labels_are_the_released_ones(
         _samples(golden_tables, "phenotyping", code_config).select("stay_id", "labels").rows()
     )
     names = [name for name, _ in PHENOTYPES]
-    for stay, row in zip(stays["stay_id"], matrix.iter_rows(named=True), strict=True):
+    in_matrix_order = stays["stay_id"].sort()
+    for stay, row in zip(in_matrix_order, matrix.iter_rows(named=True), strict=True):
         expected = [float(row.get(name, 0)) for name in names]
         assert ours[stay] == expected
