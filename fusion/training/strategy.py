@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -237,10 +236,9 @@ class DataParallel(Single):
     def prepare(self, objective: Objective, config: OptimConfig) -> None:
         """Freeze, make the optimizers, wrap the objective; weights become those of worker 0."""
         super().prepare(objective, config)
-        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         self._wrapped = nn.parallel.DistributedDataParallel(
             objective,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
             gradient_as_bucket_view=True,
             # A phase, or a step without paired rows, leaves parameters without a gradient.
             find_unused_parameters=True,

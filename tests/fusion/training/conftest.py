@@ -1,0 +1,87 @@
+"""The harness as a module, and as a script that trains on several workers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).parent / "harness.py"
+ROOT = SCRIPT.parents[3]
+
+
+@pytest.fixture(scope="session")
+def harness():
+    """The harness module: Job, Toy, Rows, session, ..."""
+    spec = importlib.util.spec_from_file_location("training_harness", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    torch.set_num_threads(1)
+    return module
+
+
+class Outcome:
+    """What the workers of one job left: results and weights by rank, exit codes."""
+
+    def __init__(self, job, codes):
+        self.job, self.codes = job, codes
+        ranks = range(job.world)
+        out = Path(job.out)
+        self.results = [
+            json.loads(path.read_text())
+            for path in (out / f"rank-{rank}.json" for rank in ranks)
+            if path.exists()
+        ]
+        self.weights = [
+            load_file(path)
+            for path in (out / f"rank-{rank}.safetensors" for rank in ranks)
+            if path.exists()
+        ]
+
+    def curve(self, name="loss"):
+        """The values of one name in worker 0's training lines."""
+        lines = self.results[0]["lines"]
+        return [line["values"].get(name) for line in lines if line["kind"] == "train"]
+
+    def scores(self, rank=0):
+        lines = self.results[rank]["lines"]
+        return [line["values"]["auroc"] for line in lines if line["kind"] == "val"]
+
+
+@pytest.fixture(scope="session")
+def train_jobs():
+    """A function that runs jobs one after another in one process tree; their Outcomes."""
+
+    def run(folder, jobs):
+        folder.mkdir(parents=True, exist_ok=True)
+        listing, codes = folder / "jobs.json", folder / "codes.json"
+        listing.write_text(json.dumps([asdict(job) for job in jobs]))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), str(listing), str(codes)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        outcomes = [
+            Outcome(job, code)
+            for job, code in zip(jobs, json.loads(codes.read_text()), strict=True)
+        ]
+        for outcome in outcomes:
+            outcome.stderr = done.stderr
+        return outcomes
+
+    return run

@@ -1,0 +1,290 @@
+"""A toy model on made-up rows, trained on W gloo workers forked from this script.
+
+Run as `python harness.py jobs.json`: one process imports torch, then forks the workers of each
+job in turn. Each job writes <out>/rank-<r>.safetensors (final weights) and <out>/lines.json.
+conftest.py loads the same file as a module for tests that need one worker only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch._dynamo  # imported by every optimizer: once here, not in each forked worker
+from safetensors.torch import save_file
+from torch import distributed, nn
+
+from data.schema import MODALITIES, N_FEATURES, Batch
+from data.tasks import TaskSpec
+from fusion import registry
+from fusion.model import FusionModel, Output, Phase, Term
+from fusion.tasks import Task
+from fusion.training import loop
+from fusion.training.config import CheckpointConfig, TrainConfig
+from fusion.training.optim import OptimConfig
+from fusion.training.strategy import DataParallel, Single
+
+CLASSES = 3
+SPEC = TaskSpec(name="toy", kind="multilabel", labels=("a", "b", "c"))
+
+
+class Toy(FusionModel):
+    """Two linear encoders, a head on their sum, a distance between them on paired rows."""
+
+    modalities = ("ehr", "cxr")
+
+    def __init__(self, *, dropout: float = 0.0, batch_norm: bool = False, phased: bool = False):
+        nn.Module.__init__(self)
+        self.ehr = nn.Linear(N_FEATURES, 8)
+        self.cxr = nn.Linear(3, 8, bias=not batch_norm)
+        self.norm = nn.BatchNorm1d(8) if batch_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(8, CLASSES)
+        self.image_head = nn.Linear(8, 14)
+        if phased:
+            self.phases = (
+                Phase("images", ("cxr", "image_head"), ("findings",), repeats=2),
+                Phase("rest", ("ehr", "head"), ("task", "distance")),
+            )
+
+    def forward(self, batch: Batch) -> Output:
+        lengths = batch.lengths[:, None]
+        series = self.ehr(batch.ehr.sum(1) / lengths)
+        images = self._encode(batch)
+        paired = series[batch.cxr_index]
+        fused = series.index_add(0, batch.cxr_index, images)
+        logits = self.head(self.dropout(torch.tanh(fused)))
+        findings = nn.functional.binary_cross_entropy_with_logits(
+            self.image_head(images), batch.cxr_targets, reduction="none"
+        )
+        both = batch.present["ehr"][batch.cxr_index]
+        distance = (images - paired).square().mean(1)[both].sum()
+        return Output(
+            logits,
+            {"fused": fused},
+            {
+                "distance": Term(distance, ("ehr", "cxr"), 0.5),
+                "findings": Term(findings.mean(1).sum(), ("cxr",), 2.0),
+            },
+        )
+
+    def _encode(self, batch: Batch) -> torch.Tensor:
+        images = batch.cxr.mean((2, 3))
+        mode = self.norm.training
+        self.norm.train(mode and len(images) > 1)
+        encoded = self.norm(self.cxr(images if len(images) else torch.zeros(2, 3)))
+        self.norm.train(mode)
+        return encoded if len(images) else encoded[:0] + 0 * encoded.sum()
+
+
+@dataclass
+class Job:
+    """One training run."""
+
+    folder: str
+    out: str
+    world: int = 1
+    model: str = "toy"
+    options: dict = field(default_factory=dict)
+    train: dict = field(default_factory=dict)
+    optim: dict = field(default_factory=dict)
+    every_steps: int | None = None
+    seed: int = 3
+    rows: int = 17
+    images: tuple = (0, 1, 2, 3)
+    kill_rank: int | None = None
+    kill_at: int = -1
+    stop_at: int = -1
+    local_census: bool = False
+    poison: int | None = None
+    strategy: str = "ddp"
+
+
+def dataset(rows: int, image_size: int = 4, seed: int = 11, images=(0, 1, 2, 3)) -> list[dict]:
+    """Rows one by one; those of `images` in every eight have images, row 3 has no series."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for row in range(rows):
+        steps = int(rng.integers(2, 6))
+        ehr = rng.normal(size=(steps, N_FEATURES)).astype(np.float32)
+        has_ehr = row != 3
+        made.append(
+            {
+                "row": row,
+                "ehr": ehr if has_ehr else np.zeros((1, N_FEATURES), np.float32),
+                "has_ehr": has_ehr,
+                "cxr": rng.normal(size=(3, image_size, image_size)).astype(np.float32),
+                "has_cxr": row % 8 in images,
+                "targets": (rng.random(CLASSES) < 0.5).astype(np.float32),
+                "findings": (rng.random(14) < 0.3).astype(np.float32),
+            }
+        )
+    return made
+
+
+def collate(rows: list[dict]) -> Batch:
+    steps = max(len(row["ehr"]) for row in rows)
+    ehr = np.zeros((len(rows), steps, N_FEATURES), np.float32)
+    for index, row in enumerate(rows):
+        ehr[index, : len(row["ehr"])] = row["ehr"]
+    images = [row for row in rows if row["has_cxr"]]
+    size = rows[0]["cxr"].shape[-1]
+    present = {modality: torch.zeros(len(rows), dtype=torch.bool) for modality in MODALITIES}
+    present["ehr"] = torch.tensor([row["has_ehr"] for row in rows])
+    present["cxr"] = torch.tensor([row["has_cxr"] for row in rows])
+    return Batch(
+        ehr=torch.from_numpy(ehr),
+        lengths=torch.tensor([len(row["ehr"]) for row in rows]),
+        cxr=torch.from_numpy(
+            np.array([row["cxr"] for row in images], np.float32).reshape(-1, 3, size, size)
+        ),
+        cxr_index=present["cxr"].nonzero().squeeze(1),
+        present=present,
+        targets=torch.from_numpy(np.array([row["targets"] for row in rows])),
+        cxr_targets=torch.from_numpy(
+            np.array([row["findings"] for row in images], np.float32).reshape(-1, 14)
+        ),
+        rows=np.array([row["row"] for row in rows]),
+    )
+
+
+class Rows:
+    """A BatchStream over rows in memory, the order rotated by eight an epoch, shares contiguous."""
+
+    def __init__(self, rows: list[dict], size: int, rank: int = 0, world: int = 1) -> None:
+        self.rows, self.size, self.rank, self.world = rows, size, rank, world
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.rows) // self.size)
+
+    def epoch(self, epoch: int, start_step: int = 0):
+        first = 8 * epoch % len(self.rows)
+        order = self.rows[first:] + self.rows[:first]
+        for step in range(start_step, self.steps_per_epoch):
+            batch = order[step * self.size : (step + 1) * self.size]
+            share = np.array_split(np.arange(len(batch)), self.world)[self.rank]
+            yield collate([batch[index] for index in share]) if len(share) else None
+
+
+class Lines:
+    """A log that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict] = []
+
+    def write(self, kind, progress, values) -> None:
+        self.lines.append({"kind": kind, **progress.dump(), "values": dict(values)})
+
+    def rotate(self) -> None:
+        pass
+
+
+class LocalCensus(DataParallel):
+    """What must not be: every worker divides by its own rows."""
+
+    def sum(self, tensor):
+        return tensor.clone() if len(tensor) > 30 else super().sum(tensor)
+
+
+def factory(job: Job):
+    if job.model == "toy":
+        return lambda: Toy(**job.options)
+    model = registry.get(job.model)
+    config = model.Config.model_validate({"name": job.model, **model.TINY, **job.options})
+    return lambda: model(config, SPEC)
+
+
+def settings(job: Job) -> loop.Settings:
+    return loop.Settings(
+        TrainConfig(**{"epochs": 2, "batch_size": 8, "log_every_steps": 1, **job.train}),
+        OptimConfig(**{"lr": 1e-2, **job.optim}),
+        CheckpointConfig(every_steps=job.every_steps),
+        job.seed,
+    )
+
+
+def session(job: Job, rank: int = 0) -> loop.Session:
+    if job.strategy == "single":
+        strategy = Single()
+    else:
+        strategy = LocalCensus() if job.local_census else DataParallel()
+    size = 4 if job.model == "toy" else 32
+    rows = dataset(job.rows, size, images=job.images)
+    if job.poison is not None:
+        rows[job.poison]["ehr"][:] = np.nan
+    task, chosen = Task(SPEC), settings(job)
+    loop.prepare(strategy, factory(job), task, chosen)
+    made = loop.Session(
+        strategy,
+        task,
+        chosen,
+        Rows(rows, chosen.train.batch_size, rank, job.world),
+        Rows(dataset(10, size, seed=5), 4, rank, job.world),
+        Path(job.folder),
+        log=Lines(),
+        document={"config": {"seed": job.seed}},
+    )
+    made.stop_requested = lambda: _disturb(job, made, rank)
+    return made
+
+
+def _disturb(job: Job, made: loop.Session, rank: int) -> bool:
+    updates = made.progress.updates
+    if rank == job.kill_rank and updates == job.kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rank == 0 and updates == job.stop_at
+
+
+def run_worker(job: Job, rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    if job.strategy == "ddp":
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=job.world
+        )
+    out = Path(job.out)
+    out.mkdir(parents=True, exist_ok=True)
+    made = session(job, rank)
+    error = None
+    try:
+        ending = loop.fit(made)
+    except loop.NonFiniteLossError as failure:
+        ending, error = "error", str(failure)
+    state = {name: value.clone() for name, value in made.strategy.model.state_dict().items()}
+    save_file(state, out / f"rank-{rank}.safetensors")
+    result = {"ending": ending, "error": error, "progress": made.progress.dump()}
+    (out / f"rank-{rank}.json").write_text(json.dumps({**result, "lines": made.log.lines}))
+
+
+def run(job: Job) -> list[int]:
+    """Fork the job's workers and wait; their exit codes."""
+    Path(job.folder).mkdir(parents=True, exist_ok=True)
+    store = str(Path(job.folder) / f".store-{os.urandom(4).hex()}")
+    workers = []
+    for rank in range(job.world):
+        pid = os.fork()
+        if not pid:
+            try:
+                run_worker(job, rank, store)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        workers.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in workers]
+
+
+def main() -> None:
+    jobs = [Job(**job) for job in json.loads(Path(sys.argv[1]).read_text())]
+    Path(sys.argv[2]).write_text(json.dumps([run(job) for job in jobs]))
+
+
+if __name__ == "__main__":
+    main()
