@@ -94,11 +94,14 @@ def _check_values(batch: pa.RecordBatch, lengths: NDArray[np.int64], refuse: Ref
         wrong = (levels < 0) | (levels >= _LEVELS) | (levels != np.floor(levels))
     bins = np.maximum(lengths, 0) // N_CHANNELS
     row_of = np.repeat(np.arange(len(lengths)), bins)
-    for bad, why in (
-        (~np.isfinite(values).all(axis=1), "a value that is not finite"),
-        (wrong.any(axis=1), "a level index that its channel does not have"),
+    observed = batch.column("ehr_observed").flatten().to_numpy().reshape(-1, N_CHANNELS)
+    for bad, column, why in (
+        (~np.isfinite(values), "ehr", "a value that is not finite"),
+        (wrong, "ehr", "a level index that its channel does not have"),
+        (observed > 1, "ehr_observed", "a mask that is not 0 or 1"),
     ):
-        refuse(np.bincount(row_of[bad], minlength=len(lengths)) > 0, "ehr", why)
+        rows = row_of[bad.any(axis=1)]
+        refuse(np.bincount(rows, minlength=len(lengths)) > 0, column, why)
 
 
 def _null(column: pa.Array) -> NDArray[np.bool_]:

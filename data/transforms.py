@@ -50,26 +50,50 @@ def decode_grey(jpeg: bytes, short_side: int) -> Image.Image:
     return grey.resize(size, Image.Resampling.BILINEAR)
 
 
-def centre_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The [size, size] centre; black where the image is smaller."""
-    left, top = _centre(image.width, size), _centre(image.height, size)
+def pixels(
+    jpeg: bytes, transform: ImageTransform, key: tuple[int, int, int] | None
+) -> NDArray[np.uint8]:
+    """[size, size] uint8 of one JPEG; the centre, or as in training if a key is given.
+
+    The key (seed, epoch, row) is all that the draws of training depend on.
+    """
+    image = decode_grey(jpeg, transform.resize)
+    size = transform.size
+    corner = (_centre(image.width, size), _centre(image.height, size))
+    if key is None:
+        return crop(image, corner, size)
+    u = uniform(draw(key[0], Purpose.AUGMENT, key[1], key[2], 8))
+    if transform.crop == "random":
+        corner = (_corner(image.width, size, u[5]), _corner(image.height, size, u[6]))
+    if not transform.augment:
+        return crop(image, corner, size)
+    return augment(image, transform, corner, u)
+
+
+def crop(image: Image.Image, corner: tuple[int, int], size: int) -> NDArray[np.uint8]:
+    """The [size, size] window at (left, top); black where the image is smaller."""
+    left, top = corner
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def augment(
-    image: Image.Image, transform: ImageTransform, *, seed: int, epoch: int, row: int
+    image: Image.Image, transform: ImageTransform, corner: tuple[int, int], u: NDArray[np.float64]
 ) -> NDArray[np.uint8]:
     """Flip, affine and crop of training in one warp: [size, size] uint8, black outside.
 
     Flip with p = 0.5; rotation within +-45 degrees, translation within 15 %, scale 0.85-1.15,
-    shear as configured, nearest pixel (the MedFuse authors' released transforms). The draws are
-    keyed by (seed, epoch, row), so they depend on no worker and no order.
+    shear as configured, nearest pixel (the MedFuse authors' released transforms).
+
+    Args:
+        image: Grey.
+        transform: Size of the crop and range of the shear.
+        corner: Left and top of the crop, after the affine map.
+        u: Eight draws in [0, 1).
     """
     from PIL import Image
 
-    u = uniform(draw(seed, Purpose.AUGMENT, epoch, row, 8))
     width, height = image.size
-    matrix = inverse_affine(
+    a, b, c, d, e, f = inverse_affine(
         centre=(width / 2, height / 2),
         angle=(2 * u[0] - 1) * _MAX_ANGLE,
         shift=(
@@ -79,19 +103,15 @@ def augment(
         scale=_SCALES[0] + u[3] * (_SCALES[1] - _SCALES[0]),
         shear=(2 * u[4] - 1) * transform.shear,
     )
-    size = transform.size
-    if transform.crop == "random":
-        left, top = _corner(width, size, u[5]), _corner(height, size, u[6])
-    else:
-        left, top = _centre(width, size), _centre(height, size)
-    a, b, c, d, e, f = matrix
+    left, top = corner
     c, f = c + a * left + b * top, f + d * left + e * top
     if u[7] < 0.5:
         a, b, c = -a, -b, width - c
-    warped = image.transform(
-        (size, size), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.NEAREST
+    size = (transform.size, transform.size)
+    matrix = (a, b, c, d, e, f)
+    return np.asarray(
+        image.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
     )
-    return np.asarray(warped)
 
 
 def inverse_affine(
@@ -113,17 +133,6 @@ def inverse_affine(
     d, e = -sin / scale, cos / scale
     x, y = -centre[0] - shift[0], -centre[1] - shift[1]
     return (a, b, a * x + b * y + centre[0], d, e, d * x + e * y + centre[1])
-
-
-def pixels(
-    jpeg: bytes, transform: ImageTransform, key: tuple[int, int, int] | None
-) -> NDArray[np.uint8]:
-    """[size, size] uint8 of one JPEG; augmented if a key (seed, epoch, row) is given."""
-    image = decode_grey(jpeg, transform.resize)
-    if key is None or not (transform.augment or transform.crop == "random"):
-        return centre_crop(image, transform.size)
-    seed, epoch, row = key
-    return augment(image, transform, seed=seed, epoch=epoch, row=row)
 
 
 def _centre(length: int, size: int) -> int:

@@ -95,6 +95,7 @@ def _shard_manifest(
     splits: dict[str, list[dict]] = {
         name: [row for row in rows if row["split"] == name] for name in ("train", "val", "test")
     }
+    width = len(spec.labels)
     return Manifest(
         task=spec.name,
         labels=spec.labels,
@@ -107,7 +108,7 @@ def _shard_manifest(
         files=tuple(files),
         splits={name: len(members) for name, members in splits.items()},
         prevalence={
-            name: tuple(np.mean([row["labels"] for row in members], axis=0).tolist())
+            name: tuple(np.mean([row["labels"][:width] for row in members], axis=0).tolist())
             for name, members in splits.items()
             if members
         },
