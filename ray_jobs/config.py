@@ -36,6 +36,8 @@ class ScalingConfig(Config):
     use_gpu: bool = False
     resources_per_worker: dict[str, float] = Field(default_factory=dict)
     strategy: Literal["single", "ddp"] = "ddp"
+    max_failures: int = Field(default=3, ge=0)
+    """Times that lost workers are started again, from the newest complete checkpoint."""
 
 
 class DataConfig(Config):

@@ -40,6 +40,11 @@ class RunFolder:
         """model.safetensors and meta.json of the best epoch."""
         return self.path / "best"
 
+    @property
+    def outcome(self) -> Path:
+        """Why and when training ended, and the best epoch; there once a run is finished."""
+        return self.path / "outcome.json"
+
     def evaluation(self, split: str) -> Path:
         """eval/<split>/{predictions.parquet, metrics.json}."""
         return self.path / "eval" / split
