@@ -58,9 +58,9 @@ def pair_images(
 ) -> Paired:
     """Pair each stay with its latest frontal image (MedFuse and DrFuse).
 
-    An image counts from intime on, both ends included, up to intime plus the task's window or
-    outtime, whichever comes first. With `cxr_window = stay` it counts up to outtime whatever the
-    window, which looks ahead: the published mortality numbers. Of images taken at the same time
+    An image counts from intime on, both ends included, up to intime plus the task's window, also
+    where the stay is shorter, or up to outtime if the task has none. With `cxr_window = stay` it
+    counts up to outtime whatever the window, which looks ahead: the published mortality numbers. Of images taken at the same time
     the largest dicom_id wins.
 
     Args:
@@ -76,7 +76,7 @@ def pair_images(
     end = pl.col("outtime")
     if config.cxr_window == "task" and task.window_hours is not None:
         window = pl.duration(microseconds=round(task.window_hours * 3_600_000_000))
-        end = pl.min_horizontal(end, pl.col("intime") + window)
+        end = pl.col("intime") + window
     spans = stays.select("subject_id", "stay_id", "intime", end.alias("end"))
     of_patients = frontal.join(spans.select("subject_id").unique(), on="subject_id", how="semi")
     flow.append(_step(frontal, of_patients, "cohort", "the image's patient has a stay"))

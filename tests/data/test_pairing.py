@@ -83,8 +83,9 @@ def test_the_window_is_the_tasks_and_the_switch_looks_ahead():
     assert chosen(table, cxr, "phenotyping_48h") == {10: "edge"}
     assert chosen(table, cxr, "phenotyping") == {10: "late"}
     assert chosen(table, cxr, "mortality", cxr_window="stay") == {10: "late"}
-    # A stay shorter than the window ends it.
-    assert chosen(stays((1, 10, 0, 20)), cxr, "phenotyping_48h") == {10: "early"}
+    # The window of a task does not end with a shorter stay; a whole stay does.
+    assert chosen(stays((1, 10, 0, 20)), cxr, "phenotyping_48h") == {10: "edge"}
+    assert chosen(stays((1, 10, 0, 20)), cxr, "phenotyping") == {10: "early"}
 
 
 def test_ties_in_time_go_to_the_largest_id_whatever_the_order():
@@ -107,7 +108,7 @@ def test_against_a_slow_search():
         window = TASKS[task].window_hours
         expected = {}
         for subject, stay, begin, end in table.iter_rows():
-            stop = end if window is None else min(end, begin + timedelta(hours=window))
+            stop = end if window is None else begin + timedelta(hours=window)
             inside = [
                 (row["studytime"], row["dicom_id"])
                 for row in cxr.iter_rows(named=True)
