@@ -60,8 +60,8 @@ def pair_images(
 
     An image counts from intime on, both ends included, up to intime plus the task's window, also
     where the stay is shorter, or up to outtime if the task has none. With `cxr_window = stay` it
-    counts up to outtime whatever the window, which looks ahead: the published mortality numbers. Of images taken at the same time
-    the largest dicom_id wins.
+    counts up to outtime whatever the window, which looks ahead: the published mortality numbers.
+    Of images taken at the same time the largest dicom_id wins.
 
     Args:
         stays: subject_id, stay_id, intime, outtime.
