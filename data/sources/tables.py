@@ -205,7 +205,7 @@ class TableReader:
         except UnicodeDecodeError as wrong:
             line = before + block.content.count(b"\n", 0, wrong.start) + 1
             return InputError(
-                f"{path}: line {line} is not UTF-8 text (byte 0x{block.content[wrong.start]:02x});"
+                f"{path}: line {line} is not UTF-8 text (byte {hex(block.content[wrong.start])});"
                 " convert the file to UTF-8"
             )
         try:
@@ -217,7 +217,7 @@ class TableReader:
         if converted.null_count() > text[itemid].null_count():
             return self._unreadable(text[itemid], converted, "itemid", text["__row"], pl.Int64())
         return InputError(
-            f"{path}: lines {before + 1} ff. cannot be parsed ({str(error)[:120]}); "
+            f"{path}: lines after {before} cannot be parsed ({str(error)[:120]}); "
             "download the file again"
         )
 
@@ -236,7 +236,7 @@ class TableReader:
                     "quote the field that holds a comma"
                 )
         return InputError(
-            f"{self._file.path}: lines {block.lines_before + 1} ff. are no CSV; "
+            f"{self._file.path}: lines after {block.lines_before} are no CSV; "
             "download the file again"
         )
 
@@ -256,7 +256,7 @@ def refuse_repeated_keys(frame: pl.DataFrame, file: TableFile, key: str) -> None
     distinct = frame.unique()
     clash = distinct.filter(pl.col(key).is_duplicated())[key]
     if len(clash):
-        first = clash.min()
+        first = clash.sort().to_list()[0]
         rows = (frame[key] == first).arg_true() + 1
         raise InputError(
             f"{file.path}: rows {', '.join(map(str, rows.head(5)))}: different rows with {key} "

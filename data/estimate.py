@@ -1,0 +1,143 @@
+"""What an extraction will cost, from the sizes of its files before any of them is read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING, Final
+
+from data.config import Config
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+EVENT_TABLES: Final = ("chartevents", "labevents", "outputevents")
+INFLATION: Final = {".gz": 7.0, ".csv": 1.0, ".parquet": 6.0}
+"""Bytes of CSV for a byte of each format (measured on MIMIC-IV-like tables)."""
+PARTITION_CSV_BYTES: Final = 640 << 20
+"""CSV bytes of events for one partition: about a million rows of the 17 variables."""
+MB_PER_SECOND: Final = 150.0
+"""CSV megabytes that one core inflates, parses and extracts in a second (benchmark JSON)."""
+KEPT_SHARE: Final = 0.02
+"""Staged bytes for a byte of CSV."""
+SHARD_SHARE: Final = 0.03
+"""Shard bytes for a byte of CSV, images apart."""
+BASE_MEMORY: Final = int(1.5e9)
+"""Bytes that the driver and an idle local Ray take."""
+WORKER_MEMORY: Final = int(1.0e9)
+"""Bytes that one partition takes while it is extracted."""
+IMAGE_BYTES: Final = 15_000
+"""One grey JPEG with a short side of 256."""
+IMAGES_PER_SECOND: Final = 50.0
+"""Full-size radiographs that one core decodes and shrinks in a second."""
+
+
+class Estimate(Config):
+    """What an extraction needs; all sizes in bytes."""
+
+    release: str
+    csv_bytes: int
+    """The raw event tables, inflated."""
+    images: int
+    """Upper bound of the images that are read; 0 where unknown or none."""
+    partitions: int
+    workers: int
+    """CPU cores that the time is given for."""
+    memory: int
+    scratch: int
+    """Disk beside --out while it runs."""
+    output: int
+    seconds: float
+    free_disk: int
+    free_memory: int
+
+    @property
+    def lacks(self) -> list[str]:
+        """What this machine has too little of, in words."""
+        wanted = self.scratch + self.output
+        found = []
+        if wanted > self.free_disk:
+            found.append(f"disk: {_size(wanted)} needed, {_size(self.free_disk)} free")
+        if self.memory > self.free_memory:
+            found.append(f"memory: {_size(self.memory)} needed, {_size(self.free_memory)} free")
+        return found
+
+    def text(self) -> str:
+        """A few lines for a terminal."""
+        lines = [
+            f"release     {self.release}",
+            f"events      {_size(self.csv_bytes)} of CSV once inflated (estimated)",
+            f"images      at most {self.images}" if self.images else "images      none",
+            f"partitions  {self.partitions}",
+            f"disk        {_size(self.scratch)} while it runs, {_size(self.output)} at the end",
+            f"memory      {_size(self.memory)} at {self.workers} workers",
+            f"time        about {_duration(self.seconds)} on {self.workers} cores",
+        ]
+        return "\n".join(lines + [f"NOT ENOUGH  {lack}" for lack in self.lacks])
+
+
+def estimate(
+    event_files: Mapping[str, Path], release: str, *, out: Path, images: int = 0
+) -> Estimate:
+    """Predict disk, memory and time.
+
+    The constants of this module come from benchmarks/results/extraction.json and are rounded to
+    the careful side; a slow disk or network adds to the time.
+
+    Args:
+        event_files: The event tables' files by name.
+        release: Their release.
+        out: Where the shards will go; its disk is looked at.
+        images: Number of images that may be read.
+    """
+    import psutil
+
+    inflated = csv_bytes(event_files)
+    partitions = choose_partitions(event_files, images)
+    workers = os.cpu_count() or 1
+    images_seconds = images / IMAGES_PER_SECOND / workers
+    existing = next(place for place in (out, *out.absolute().parents) if place.exists())
+    return Estimate(
+        release=release,
+        csv_bytes=inflated,
+        images=images,
+        partitions=partitions,
+        workers=workers,
+        memory=BASE_MEMORY + WORKER_MEMORY * min(workers, partitions),
+        scratch=int(inflated * KEPT_SHARE) + images * IMAGE_BYTES,
+        output=int(inflated * SHARD_SHARE) + images * IMAGE_BYTES,
+        seconds=inflated / 1e6 / MB_PER_SECOND / min(workers, 2) + images_seconds,
+        free_disk=shutil.disk_usage(existing).free,
+        free_memory=psutil.virtual_memory().available,
+    )
+
+
+def csv_bytes(files: Mapping[str, Path]) -> int:
+    """Bytes of the event tables as CSV, from the sizes of their files."""
+    return int(
+        sum(
+            path.stat().st_size * INFLATION.get(path.suffix.lower(), 1.0)
+            for name, path in files.items()
+            if name in EVENT_TABLES
+        )
+    )
+
+
+def choose_partitions(event_files: Mapping[str, Path], images: int = 0) -> int:
+    """Partitions of about a million needed rows, or of five thousand images."""
+    return max(1, -(-csv_bytes(event_files) // PARTITION_CSV_BYTES), -(-images // 5000))
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
