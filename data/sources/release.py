@@ -108,7 +108,7 @@ def open_release(folder: Path) -> Release:
     missing = sorted(wanted - paths.keys())
     if missing:
         raise InputError(_missing_table(folder, family, missing, sorted(paths)))
-    tables = {name: _open_table(name, paths[name]) for name in sorted(wanted)}
+    tables = {name: open_table(name, paths[name]) for name in sorted(wanted)}
     name = f"{family}-{_version(folder, family, tables)}"
     for spec in specs:
         _require_columns(name, tables[spec.table], spec)
@@ -138,7 +138,7 @@ def _subfolders(folder: Path) -> Iterator[Path]:
 def _family(folder: Path, paths: dict[str, Path]) -> str:
     if "icustays" not in paths:
         raise InputError(_missing_table(folder, "MIMIC", ["icustays"], sorted(paths)))
-    stays = _open_table("icustays", paths["icustays"])
+    stays = open_table("icustays", paths["icustays"])
     if stays.written(("stay_id",)):
         return "mimic-iv"
     if stays.written(("icustay_id",)):
@@ -149,7 +149,12 @@ def _family(folder: Path, paths: dict[str, Path]) -> str:
     )
 
 
-def _open_table(name: str, path: Path) -> TableFile:
+def open_table(name: str, path: Path) -> TableFile:
+    """The columns of one table's file.
+
+    Raises:
+        InputError: It is empty, not readable, not comma separated, or repeats a column.
+    """
     if path.suffix.lower() == ".parquet":
         return TableFile(name, path, _parquet_columns(path))
     header = read_header(path)
