@@ -111,6 +111,23 @@ def test_every_pattern_of_missing_modalities(name, pattern, training, make_batch
         assert all(p.grad is None or p.grad.isfinite().all() for p in parameters.values())
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_submodule_is_called_in_the_same_order_whatever_is_missing(name, pattern, make_batch):
+    """Sharded weights are gathered at each call: workers whose rows differ would wait for ever."""
+    cxr, ehr = PATTERNS[pattern]
+    usual = calls(build(name), make_batch())
+    assert len(usual) > 2
+    assert calls(build(name), make_batch(present_cxr=cxr, present_ehr=ehr)) == usual
+
+
+def calls(model: FusionModel, batch: Batch) -> list[str]:
+    order: list[str] = []
+    for path, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, path=path: order.append(path))
+    model(batch)
+    return order
+
+
 def test_every_trainable_parameter_gets_a_gradient_from_a_phase_that_updates_it(name, make_batch):
     model = build(name)
     batch = make_batch(rows=8, present_cxr=[True] * 5 + [False] * 3)

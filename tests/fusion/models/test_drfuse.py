@@ -228,8 +228,8 @@ def test_attention_learns_where_each_label_comes_from(build, make_batch):
     accuracy = ((output.logits > 0) == batch.targets.bool()).float().mean(0)
     assert (accuracy > 0.9).all()
     ehr, _, cxr = output.features["attention"].mean(0).T
-    assert cxr[0] > ehr[0]
-    assert ehr[1] > cxr[1]
+    assert cxr[0] > 0.8
+    assert ehr[1] > 0.8
 
 
 def planted(make_batch, seed, rows=32):
