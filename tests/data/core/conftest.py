@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from data.sources.canonical import TABLES, TIME
 from data.switches import ExtractConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 REPOSITORY = Path(__file__).parents[3]
 GOLDEN = REPOSITORY / "tests" / "fixtures" / "golden"
@@ -124,3 +125,82 @@ def demo_tables() -> Callable[[str], Mapping[str, pl.DataFrame]]:
 @pytest.fixture(scope="session")
 def code_config() -> ExtractConfig:
     return CODE
+
+
+INTIME = datetime(2150, 3, 10, 6, 30)  # noqa: DTZ001
+
+
+def _frame(table: str, rows: list[dict[str, object]]) -> pl.DataFrame:
+    names = TABLES[table].keys()
+    full = [{name: row.get(name) for name in names} for row in rows]
+    return pl.DataFrame(full, schema=TABLES[table])
+
+
+def tiny_tables(
+    events: Sequence[Mapping[str, object]], **changes: Mapping[str, object]
+) -> dict[str, pl.DataFrame]:
+    """One patient of 60 with one stay of 60 hours; an event is {hour, item, value, ...}.
+
+    `changes` overwrite columns of the one row of a table: `icustays={"los": None}`.
+    """
+    at = timedelta(hours=1)
+    ids = {"subject_id": 7, "hadm_id": 70, "stay_id": 700}
+    rows: dict[str, dict[str, object]] = {
+        "patients": {"sex": "F", "anchor_age": 60, "anchor_year": 2148},
+        "admissions": {"admittime": INTIME - 5 * at, "dischtime": INTIME + 90 * at},
+        "icustays": {
+            "first_careunit": "MICU",
+            "last_careunit": "MICU",
+            "intime": INTIME,
+            "outtime": INTIME + 60 * at,
+            "los": 2.5,
+        },
+        "diagnoses": {"seq_num": 1, "icd_code": "4019", "icd_version": 9},
+    }
+    tables = {
+        table: _frame(table, [{**ids, **row, **changes.get(table, {})}])
+        for table, row in rows.items()
+    }
+    charted = []
+    for row, event in enumerate(events):
+        hour = float(str(event["hour"]))
+        time = INTIME + timedelta(microseconds=round(hour * 3_600_000_000))
+        source = event.get("source", ITEMS[int(str(event["item"]))].source)
+        known = {"row": row, "itemid": event["item"], "charttime": time, "source": source}
+        charted.append(
+            {**ids, **known, **{k: v for k, v in event.items() if k in TABLES["events"]}}
+        )
+    tables["events"] = _frame("events", charted)
+    tables["icd_dictionary"] = _frame("icd_dictionary", [{"icd_code": "4019", "icd_version": 9}])
+    return tables
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., dict[str, pl.DataFrame]]:
+    return tiny_tables
+
+
+@pytest.fixture(scope="session")
+def with_images() -> Callable[[Mapping[str, pl.DataFrame]], dict[str, pl.DataFrame]]:
+    """Give every stay a frontal image 10 h, 47 h and 49 h after intime, and one from the side."""
+
+    def add(tables: Mapping[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
+        parts = []
+        for hour, view in ((10, "AP"), (47, "AP"), (49, "AP"), (47.5, "LATERAL")):
+            name = pl.format("{}-{}-{}", "stay_id", pl.lit(str(hour)), pl.lit(view))
+            parts.append(
+                tables["icustays"].select(
+                    "subject_id",
+                    study_id="stay_id",
+                    dicom_id=name,
+                    view=pl.lit(view),
+                    studytime=pl.col("intime") + pl.duration(minutes=round(hour * 60)),
+                    path=name + ".jpg",
+                    cxr_split=pl.lit("train"),
+                    chexpert=pl.lit(pl.Series([[1.0, -1.0, None] + [0.0] * 11])).first(),
+                )
+            )
+        schema = TABLES["cxr"]
+        return {**tables, "cxr": pl.concat(parts).cast(schema)}  # type: ignore[arg-type]
+
+    return add
