@@ -7,6 +7,7 @@ the time; the last step down to the short side is an ordinary antialiased resize
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import warnings
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from data.files import atomic_path
+from data.errors import InputError
+from data.files import PRIVATE, atomic_path
 from data.flow import Quarantined
 
 if TYPE_CHECKING:
@@ -72,10 +74,22 @@ class ImageCache:
         return encoded if whole else None
 
     def put(self, key: str, encoded: bytes) -> None:
-        """Store an entry, whole or not at all."""
-        with atomic_path(self._path(key)) as temporary:
-            temporary.write_bytes(encoded)
-            temporary.chmod(0o600)
+        """Store an entry, whole or not at all.
+
+        Raises:
+            InputError: The disk is full.
+        """
+        try:
+            with atomic_path(self._path(key)) as temporary:
+                temporary.write_bytes(encoded)
+                temporary.chmod(PRIVATE)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(
+                f"{self.folder}: the disk is full; free some space and run the same command again: "
+                "it goes on from the images that are there"
+            ) from None
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.jpg"

@@ -93,6 +93,8 @@ def test_cutting_again_gives_the_same_cells(tmp_path):
 def test_cutting_drops_other_items_and_unused_codes(tmp_path):
     for name in COLUMNS["mimic-iii"]:
         table = pl.read_csv(DEMO / "mimic-iii" / f"{name}.csv.gz", infer_schema=False)
+        if name == "CHARTEVENTS":
+            table = table.head(50)
         if name == "LABEVENTS":
             other = table.head(3).with_columns(itemid=pl.lit("1"))
             table = pl.concat([other, table])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.errors import InputError
 from data.images import ImageCache, UnreadableImageError, prepare_images, shrink_image
 
 XRAYS = sorted((Path(__file__).parents[1] / "fixtures" / "cxr").glob("*.jpg"))
@@ -205,6 +207,17 @@ def test_a_torn_entry_is_made_again(tmp_path):
     entry.write_bytes(first[:100])
     assert prepare_images([("a", "a.jpg")], tmp_path, 64, cache).images["a"] == first
     assert entry.read_bytes() == first
+
+
+def test_a_full_disk_leaves_no_entry(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    (tmp_path / "a.jpg").write_bytes(XRAYS[0].read_bytes())
+    monkeypatch.setattr("data.files.os.replace", full)
+    with pytest.raises(InputError, match="cache: the disk is full; free some space"):
+        prepare_images([("a", "a.jpg")], tmp_path, 64, ImageCache(tmp_path / "cache"))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_a_killed_run_continues_where_it_was(tmp_path, monkeypatch):

@@ -57,6 +57,10 @@ def test_the_version_is_part_of_the_key():
     both = icd9_groups().keys() & backward_gem().keys()
     assert len(both) == 42
     assert all(code.startswith(("E", "V")) for code in both)
+    # One string, two diagnoses: the groups of the two versions are not the same anywhere.
+    for code in both:
+        targets = {icd9_groups()[row.target] for row in backward_gem()[code]}
+        assert icd9_groups()[code] not in targets
 
 
 def test_counts_of_the_public_files():
