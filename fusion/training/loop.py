@@ -37,8 +37,12 @@ Ending = Literal["epochs", "patience", "interrupted"]
 PLACEHOLDER_SIZE = 32
 
 
-class NonFiniteLossError(InputError):
-    """A loss or a gradient is NaN or infinite; raised on every worker before the update."""
+class AgreedError(InputError):
+    """Raised on every worker alike, so that none waits for another."""
+
+
+class NonFiniteLossError(AgreedError):
+    """A loss or a gradient is NaN or infinite; raised before the update."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Session:
         val: This worker's shares of the validation split.
         folder: Where checkpoints/ and best/ are.
         log: Where metrics go; silent on all workers but the first.
+        initialise: Called on every worker of a run that has no checkpoint, before its first step.
         document: What every checkpoint's meta.json carries (the resolved config, versions).
         stop_requested: Asked before each step on every worker; True on any ends the run with a
             checkpoint.
@@ -76,6 +81,7 @@ class Session:
     val: BatchStream
     folder: Path
     log: Log = field(default_factory=Silent)
+    initialise: Callable[[], None] = lambda: None
     document: dict[str, Any] = field(default_factory=dict)
     stop_requested: Callable[[], bool] = lambda: False
     after_validation: Callable[[dict[str, float]], None] = lambda values: None
@@ -138,7 +144,8 @@ def fit(session: Session) -> Ending:
         best/ holds the weights that `train.restore` asks for.
 
     Raises:
-        NonFiniteLossError: On every worker; the last checkpoint stays as it was.
+        AgreedError: On every worker: a loss that is not finite, or a validation split without a
+            label of both classes. The last checkpoint stays as it was.
     """
     config = session.settings.train
     session.schedules = build_schedules(session.strategy.optimizers, session.settings.optim)
@@ -232,12 +239,11 @@ def _validate(session: Session) -> None:
     predictions = evaluate_model(session, session.val)
     metric = session.settings.train.selection_metric
     # One worker decides: a sum in another order could tip a comparison.
-    score, loss = strategy.share(
-        (
-            selection_score(predictions.targets, predictions.probabilities, metric),
-            predictions.loss / len(predictions.rows),
-        )
-    )
+    try:
+        own = selection_score(predictions.targets, predictions.probabilities, metric)
+    except InputError as error:
+        raise AgreedError(str(error)) from None
+    score, loss = strategy.share((own, predictions.loss / len(predictions.rows)))
     better = progress.record(score)
     for schedule in session.schedules:
         schedule.step(loss)
@@ -324,7 +330,9 @@ def _resume(session: Session) -> None:
         checkpoint.newest_complete(session.checkpoints) if strategy.rank == 0 else None
     )
     assert found is not None
-    if found.path is not None:
+    if found.path is None:
+        session.initialise()
+    else:
         checkpoint.load(found.path, found.meta, strategy, session.settings.seed)
         session.progress = Progress(**found.meta["progress"])
         for schedule, state in zip(session.schedules, found.meta["schedules"], strict=True):

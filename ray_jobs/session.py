@@ -1,0 +1,65 @@
+"""From a run's config to one worker's session of the loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from data.loader import open_stream
+from data.tasks import task_spec
+from fusion import registry
+from fusion.tasks import Task
+from fusion.training import loop
+from fusion.training.initialise import initialise
+from fusion.training.metrics_log import MetricsLog, Silent
+from ray_jobs.supervise import stop_flag
+
+if TYPE_CHECKING:
+    from data.schema import BatchStream
+    from fusion.training.strategy import Strategy
+    from ray_jobs.config import RunConfig
+    from ray_jobs.runs import RunFolder
+
+
+def open_session(
+    config: RunConfig, folder: RunFolder, strategy: Strategy, stop: str
+) -> loop.Session:
+    """One worker's session: its shares of the shards, its model prepared under the strategy.
+
+    Args:
+        config: With absolute paths.
+        folder: The run's.
+        strategy: Knows this worker and the others.
+        stop: Name of the file in the folder that asks for a checkpoint and an end.
+
+    Raises:
+        InputError: Shards, `optim.group_lr` or `init_from` do not fit.
+    """
+
+    def stream(split: str) -> BatchStream:
+        return open_stream(
+            config.data.shards,
+            split,
+            config.data.batches,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            train=split == "train",
+            rank=strategy.rank,
+            world_size=strategy.world,
+        )
+
+    task = Task(task_spec(config.task))
+    train, val = stream("train"), stream("val")
+    kind = registry.get(config.model.name)  # type: ignore[attr-defined]
+    settings = loop.Settings(config.train, config.optim, config.checkpoint, config.seed)
+    model = loop.prepare(strategy, lambda: kind(config.model, task.spec), task, settings)
+    return loop.Session(
+        strategy,
+        task,
+        settings,
+        train,
+        val,
+        folder.path,
+        log=MetricsLog(folder.metrics) if strategy.rank == 0 else Silent(),
+        initialise=lambda: initialise(model, config.init_from),
+        stop_requested=stop_flag(folder.path / stop, strategy.rank),
+    )
