@@ -8,26 +8,13 @@ from data.ontology import coverage, disagreement, phenotype_map, tie_decided
 from data.tasks import PHENOTYPES
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from data.ontology import Rule
 
 RULES: tuple[Rule, ...] = ("resolved", "forward_last", "backward_first")
 
 
-def disagreement_report(rule_a: Rule, rule_b: Rule, counts: pl.DataFrame | None = None) -> str:
-    """Where two rules label ICD-10 codes differently, as Markdown.
-
-    Args:
-        rule_a: The rule in use.
-        rule_b: The rule to compare with.
-        counts: icd_code and count of a cohort's ICD-10 diagnosis rows; with it, the codes that
-            matter there are listed, the most frequent first.
-
-    Returns:
-        A table by label, the cohort's differing codes if `counts` is given, and the codes that the
-        tie rule of `resolved` decides if it is one of the two.
-    """
+def disagreement_report(rule_a: Rule, rule_b: Rule) -> str:
+    """How two rules label ICD-10 codes, as Markdown: by label, then what the tie rule decides."""
     found = disagreement(rule_a, rule_b)
     rows = [
         [str(row["label"]), row["name"], *(str(row[key]) for key in _COUNTS)]
@@ -39,8 +26,6 @@ def disagreement_report(rule_a: Rule, rule_b: Rule, counts: pl.DataFrame | None 
         f"ICD-10 codes by label under `{rule_a}` and `{rule_b}`; {differing} codes differ.",
         _table(heads, rows),
     ]
-    if counts is not None:
-        parts.append(_cohort_codes(found.codes, counts, rule_a, rule_b))
     if "resolved" in (rule_a, rule_b):
         parts += [_TIES, ties_table()]
     return "\n\n".join(parts) + "\n"
@@ -85,22 +70,6 @@ def _codes_by_label(rule: Rule) -> dict[int, int]:
     table = phenotype_map(rule)
     icd10 = table.filter(table["icd_version"] == 10)
     return dict(icd10["label"].value_counts().rows())
-
-
-def _cohort_codes(codes: pl.DataFrame, counts: pl.DataFrame, rule_a: Rule, rule_b: Rule) -> str:
-    met = codes.join(counts, on="icd_code", how="inner").sort(
-        ["count", "icd_code"], descending=[True, False]
-    )
-    rows = [
-        [row["icd_code"], str(row["count"]), _labels(row["labels_a"]), _labels(row["labels_b"])]
-        for row in met.head(30).iter_rows(named=True)
-    ]
-    head = f"Of them {met.height} occur in this cohort, in {met['count'].sum()} diagnosis rows"
-    return f"{head} (the first 30):\n\n{_table(['ICD-10', 'rows', rule_a, rule_b], rows)}"
-
-
-def _labels(labels: list[int]) -> str:
-    return ", ".join(map(str, labels)) or "none"
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
