@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, get_args
+from typing import TYPE_CHECKING, Final, TypeVar, get_args
 
 from data.manifest import Manifest
 from data.map_report import rules_table
 from data.ontology import Rule, disagreement
 from data.shards import missing_classes
+from data.splits import SPLITS
 from data.tasks import PHENOTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+Value = TypeVar("Value")
 _SMALL_CELL: Final = 10
 
 
@@ -41,7 +43,7 @@ def describe(out: Path) -> str:
 
 
 def _cohort(manifest: Manifest) -> str:
-    splits = ", ".join(f"{name} {_cell(rows)}" for name, rows in manifest.splits.items())
+    splits = ", ".join(f"{name} {_cell(rows)}" for name, rows in _in_order(manifest.splits))
     return "\n".join(
         [
             f"{manifest.task} from {manifest.release}, preset {manifest.preset}",
@@ -69,7 +71,7 @@ def _flow(manifest: Manifest) -> str:
 
 
 def _labels(manifest: Manifest) -> str:
-    splits = list(manifest.prevalence)
+    splits = [name for name, _ in _in_order(manifest.prevalence)]
     rows: list[tuple[str, ...]] = [("label", *splits)]
     for index, label in enumerate(manifest.labels):
         cells = []
@@ -83,11 +85,9 @@ def _labels(manifest: Manifest) -> str:
 
 def _overlap(manifest: Manifest) -> str:
     kinds = sorted({kind for counts in manifest.overlap.values() for kind in counts})
-    rows: list[tuple[str, ...]] = [("rows with", *manifest.overlap)]
-    rows += [
-        (kind, *(_cell(counts.get(kind, 0)) for counts in manifest.overlap.values()))
-        for kind in kinds
-    ]
+    splits = _in_order(manifest.overlap)
+    rows: list[tuple[str, ...]] = [("rows with", *(name for name, _ in splits))]
+    rows += [(kind, *(_cell(counts.get(kind, 0)) for _, counts in splits)) for kind in kinds]
     return "Modalities\n" + table(rows)
 
 
@@ -111,6 +111,10 @@ def _rules(manifest: Manifest) -> str:
             differing = disagreement(used, other).codes.height
             lines.append(f"  {differing:,} ICD-10 codes get other labels under `{other}`")
     return "\n".join(lines) + "\n\nICD-10 codes with each label under each map\n" + rules_table()
+
+
+def _in_order(of_split: Mapping[str, Value]) -> list[tuple[str, Value]]:
+    return [(name, of_split[name]) for name in SPLITS if name in of_split]
 
 
 def _cell(count: int) -> str:

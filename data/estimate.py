@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Final
 from data.config import Config
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-EVENT_TABLES: Final = ("chartevents", "labevents", "outputevents")
+    from data.switches import Sources
+
 INFLATION: Final = {".gz": 7.0, ".csv": 1.0, ".parquet": 6.0}
 """Bytes of CSV for a byte of each format (measured on MIMIC-IV-like tables)."""
 PARTITION_CSV_BYTES: Final = 640 << 20
@@ -29,6 +30,12 @@ WORKER_MEMORY: Final = int(1.0e9)
 """Bytes that one partition takes while it is extracted."""
 IMAGE_BYTES: Final = 15_000
 """One grey JPEG with a short side of 256."""
+STAY_BYTES: Final = 130
+"""One row of icustays."""
+IMAGES_PER_STAY: Final = 0.25
+"""Stays with an image in their window, generously (19 % in MIMIC-IV)."""
+SPLIT_ROW_BYTES: Final = 70
+"""One row of MIMIC-CXR-JPG's split table, which lists every image."""
 IMAGES_PER_SECOND: Final = 50.0
 """Full-size radiographs that one core decodes and shrinks in a second."""
 
@@ -77,6 +84,40 @@ class Estimate(Config):
         return "\n".join(lines + [f"NOT ENOUGH  {lack}" for lack in self.lacks])
 
 
+def plan_extraction(sources: Sources, task: str, out: Path) -> Estimate:
+    """Predict what an extraction needs; of the tables only headers and sizes are read.
+
+    Raises:
+        InputError: A table or column is missing.
+    """
+    from data.sources.mimic_cxr import find_tables
+    from data.sources.release import open_release
+    from data.stage import event_files, is_staged, load_stage
+    from data.tasks import task_spec
+
+    spec = task_spec(task)
+    folder = sources.mimic_iv or sources.mimic_iii
+    release, files, images = "", {}, 0
+    if folder is not None and is_staged(folder):
+        staged = load_stage(folder)
+        release = f"{staged.release}, staged"
+        paths = [folder / file.name for table in staged.tables for file in table.files]
+        files = {f"{number}": path for number, path in enumerate(paths)}
+        known = {"partitions": staged.partitions}
+        return estimate(files, release, out=out).model_copy(update=known)
+    if folder is not None:
+        opened = open_release(folder)
+        release, files = opened.name, event_files(opened)
+        if sources.mimic_cxr is not None:
+            stays = csv_size(opened.tables["icustays"].path) / STAY_BYTES
+            images = int(stays * IMAGES_PER_STAY)
+    if spec.unit == "image" and sources.mimic_cxr is not None:
+        name, tables = find_tables(sources.mimic_cxr)
+        release, files = release or name, {}
+        images = int(csv_size(tables["split"]) / SPLIT_ROW_BYTES)
+    return estimate(files, release, out=out, images=images)
+
+
 def estimate(
     event_files: Mapping[str, Path], release: str, *, out: Path, images: int = 0
 ) -> Estimate:
@@ -93,7 +134,7 @@ def estimate(
     """
     import psutil
 
-    inflated = csv_bytes(event_files)
+    inflated = csv_bytes(event_files.values())
     partitions = choose_partitions(event_files, images)
     workers = os.cpu_count() or 1
     images_seconds = images / IMAGES_PER_SECOND / workers
@@ -113,20 +154,20 @@ def estimate(
     )
 
 
-def csv_bytes(files: Mapping[str, Path]) -> int:
-    """Bytes of the event tables as CSV, from the sizes of their files."""
-    return int(
-        sum(
-            path.stat().st_size * INFLATION.get(path.suffix.lower(), 1.0)
-            for name, path in files.items()
-            if name in EVENT_TABLES
-        )
-    )
+def csv_bytes(paths: Iterable[Path]) -> int:
+    """Bytes of tables as CSV, from the sizes of their files."""
+    return sum(csv_size(path) for path in paths)
+
+
+def csv_size(path: Path) -> int:
+    """Bytes of one table as CSV."""
+    return int(path.stat().st_size * INFLATION.get(path.suffix.lower(), 1.0))
 
 
 def choose_partitions(event_files: Mapping[str, Path], images: int = 0) -> int:
     """Partitions of about a million needed rows, or of five thousand images."""
-    return max(1, -(-csv_bytes(event_files) // PARTITION_CSV_BYTES), -(-images // 5000))
+    events = csv_bytes(event_files.values())
+    return max(1, -(-events // PARTITION_CSV_BYTES), -(-images // 5000))
 
 
 def _size(count: float) -> str:

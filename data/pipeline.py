@@ -126,7 +126,7 @@ def extract(
         preset=preset,
         release=opened.release,
         code_version=described["code"],
-        **assemble(records, spec, described, _repairs(job.staged)),
+        **assemble(records, spec, described, job.staged),
     )
     if opened.cxr is not None:
         quarantine = merge_quarantine([opened.cxr.quarantine, manifest.quarantine])
@@ -227,10 +227,6 @@ def _prepare(opened: _Opened, spec: TaskSpec, config: ExtractConfig, work: Path)
         frames = iter([opened.cxr.table])
         cxr_files = tuple(write_partitions(frames, target, work, "cxr", config.partitions))
     return _Job(work, spec.name, config, staged, staged_folder, cxr_files, opened.cxr_folder)
-
-
-def _repairs(staged: Stage) -> dict[str, int]:
-    return {name: count for table in staged.tables for name, count in table.repairs.items()}
 
 
 def _run(job: _Job, partitions: int) -> list[PartitionRecord]:

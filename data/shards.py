@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from data.stage import Stage
     from data.tasks import TaskSpec
 
 _ROW_GROUP = 1024
@@ -142,7 +143,7 @@ def assemble(
     records: Sequence[PartitionRecord],
     task: TaskSpec,
     described: Mapping[str, Any],
-    repairs: Mapping[str, int],
+    staged: Stage,
 ) -> dict[str, Any]:
     """The parts of a manifest that follow from its partitions.
 
@@ -150,16 +151,18 @@ def assemble(
         records: All partitions, in order.
         task: Its labels are counted.
         described: sources and config, as hashed.
-        repairs: Counters of the reading pass.
+        staged: What the reading pass counted.
 
     Raises:
         InputError: No sample is left; the message names the rule that removed the last ones.
     """
-    flow = merge_flows(record.flow for record in records)
+    flow = merge_flows([_read_steps(staged), *(record.flow for record in records)])
     if not any(record.rows for record in records):
         raise InputError(_why_empty(flow))
     splits = {name: sum(record.splits[name] for record in records) for name in SPLITS}
-    counters = dict(repairs)
+    counters: dict[str, int] = {}
+    for table in staged.tables:
+        counters.update(table.repairs)
     for record in records:
         for counter, amount in record.counters.items():
             counters[counter] = counters.get(counter, 0) + amount
@@ -194,6 +197,19 @@ def assemble(
         "quarantine": tuple(merge_quarantine(record.quarantine for record in records)),
         "counters": counters,
     }
+
+
+def _read_steps(staged: Stage) -> list[FlowStep]:
+    return [
+        FlowStep(
+            rule=f"{table.table} read",
+            unit="rows",
+            rows_in=table.rows_read,
+            rows_out=table.rows_kept,
+            why="Event tables: items of the 17 variables; subjects with an ICU stay.",
+        )
+        for table in staged.tables
+    ]
 
 
 def _why_empty(flow: Sequence[FlowStep]) -> str:
