@@ -1,0 +1,115 @@
+"""Counting, cutting, the log, init_from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from data.errors import InputError
+from data.schema import MODALITIES
+from fusion.training import metrics_log
+from fusion.training.initialise import initialise
+from fusion.training.objective import census, cut, placeholder, population
+from fusion.training.predict import selection_score
+from fusion.training.progress import Progress
+
+
+def test_the_census_counts_every_set_of_modalities(harness):
+    rows = harness.dataset(17)
+    batch = harness.collate(rows)
+    counts = census(batch)
+    for over in ((), ("ehr",), ("cxr",), ("ehr", "cxr"), ("notes",)):
+        wanted = sum(all(row.get(f"has_{modality}") for modality in over) for row in rows)
+        assert int(population(counts, over)) == wanted
+    assert not census(None).any()
+    assert len(counts) == 2 ** len(MODALITIES)
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 17), parts=st.integers(1, 9))
+def test_cutting_keeps_every_row_and_image_once(harness, rows, parts):
+    made = harness.dataset(rows)
+    batch = harness.collate(made)
+    filler = placeholder(harness.SPEC, 32)
+    pieces = cut(batch, parts, filler)
+    assert len(pieces) == parts
+    real = [piece.batch for piece in pieces if piece.weight]
+    assert all(piece.batch is filler for piece in pieces if not piece.weight)
+    assert [row for piece in real for row in piece.rows.tolist()] == list(range(rows))
+    sizes = [len(piece) for piece in real]
+    assert max(sizes) - min(sizes) <= 1
+    for piece in real:
+        again = harness.collate([made[row] for row in piece.rows])
+        assert torch.equal(piece.ehr, again.ehr)
+        assert torch.equal(piece.cxr, again.cxr)
+        assert torch.equal(piece.cxr_index, again.cxr_index)
+        assert torch.equal(piece.cxr_targets, again.cxr_targets)
+        assert torch.equal(piece.targets, again.targets)
+
+
+def test_the_score_leaves_out_labels_of_one_class():
+    targets = np.array([[0, 1], [1, 1], [0, 1]])
+    probabilities = np.array([[0.1, 0.2], [0.9, 0.3], [0.2, 0.4]])
+    assert selection_score(targets, probabilities, "auroc") == 1.0
+    with pytest.raises(InputError, match="no label with both classes"):
+        selection_score(targets[:, 1:], probabilities[:, 1:], "auprc")
+
+
+def test_what_a_killed_attempt_wrote_beyond_its_checkpoint_is_left_out(tmp_path):
+    first = metrics_log.MetricsLog(tmp_path)
+    first.write("event", Progress(), {"event": "start", "updates": 0, "world": 1})
+    for update in (1, 2, 3, 4):
+        first.write("train", Progress(updates=update), {"loss": float(update)})
+        if update == 2:
+            first.rotate()
+    first.close()
+    with (tmp_path / "attempt-1" / "part-00002.jsonl").open("a") as handle:
+        handle.write('{"kind": "train", "ep')
+    second = metrics_log.MetricsLog(tmp_path)
+    second.write("event", Progress(), {"event": "start", "updates": 2, "world": 1})
+    second.write("train", Progress(updates=3), {"loss": float("nan")})
+    second.close()
+    assert second.attempt == 2
+    lines = metrics_log.read(tmp_path)
+    losses = [line["values"]["loss"] for line in lines if line["kind"] == "train"]
+    assert losses == [1.0, 2.0, None], "JSON has no NaN"
+    assert len(list((tmp_path / "tensorboard").rglob("*tfevents*"))) == 2
+
+
+def test_a_submodule_starts_from_a_weights_file(harness, tmp_path):
+    source, target = harness.Toy(), harness.Toy()
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    before = target.head.weight.clone()
+    initialise(target, {"ehr": tmp_path / "weights.safetensors"})
+    assert torch.equal(target.ehr.weight, source.ehr.weight)
+    assert torch.equal(target.ehr.bias, source.ehr.bias)
+    assert torch.equal(target.head.weight, before)
+    initialise(target, {"": tmp_path / "weights.safetensors"})
+    assert torch.equal(target.head.weight, source.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "change", "message"),
+    [
+        ("eher", {}, "no such submodule; it has ehr, cxr"),
+        ("norm2", {}, "no such submodule"),
+        ("ehr", {"ehr.bias": None}, r"has no 'ehr\.bias'; it holds cxr, ehr"),
+        ("ehr", {"ehr.bias": torch.zeros(3)}, r"ehr\.bias has shape \(3,\)"),
+    ],
+)
+def test_a_source_that_does_not_fit_is_refused(harness, tmp_path, prefix, change, message):
+    state = {**harness.Toy().state_dict(), **change}
+    path = tmp_path / "weights.safetensors"
+    save_file({name: value for name, value in state.items() if value is not None}, path)
+    with pytest.raises(InputError, match=message):
+        initialise(harness.Toy(), {prefix: path})
+
+
+def test_a_missing_source_is_refused(harness, tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        initialise(harness.Toy(), {"ehr": tmp_path / "nowhere"})
