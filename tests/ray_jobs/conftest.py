@@ -41,7 +41,7 @@ def _history(folder: Path, epochs: int) -> None:
 def make_run(
     make_shards: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """`make_run(model, seed=0, name=None, shards=None, **config)`: a finished run's folder."""
+    """`make_run(model, seed, name, shards, rows, edit, **config)`: a finished run's folder."""
     root = tmp_path_factory.mktemp("runs")
     default = root / "shards"
     numbered = iter(range(1000))
@@ -52,6 +52,7 @@ def make_run(
         seed: int = 0,
         name: str | None = None,
         shards: Path | None = None,
+        rows: int = 240,
         edit: Callable[[list[dict]], None] | None = None,
         **config: object,
     ) -> Path:
@@ -59,7 +60,7 @@ def make_run(
         if shards is None:
             shards = default if edit is None else root / f"shards-{next(numbered)}"
         if not (shards / "manifest.json").is_file():
-            make_shards(shards, rows=240, task=task, image_size=32, hours=24, edit=edit)
+            make_shards(shards, rows=rows, task=task, image_size=32, hours=24, edit=edit)
         chosen = registry.get(model)
         run = run_config.from_dump(
             {
