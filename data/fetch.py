@@ -7,6 +7,7 @@ import http.client
 import logging
 import os
 import re
+import ssl
 import time
 import urllib.error
 import urllib.parse
@@ -90,7 +91,7 @@ def fetch(
 
     Raises:
         InputError: Unknown name; no network; a file is missing on the server or has another
-            checksum; the list of checksums is malformed; the disk is full.
+            checksum; the list of checksums is malformed; `out` cannot be written or is full.
     """
     if name not in PHYSIONET:
         raise InputError(f"unknown dataset {name!r}; choose one of {', '.join(PHYSIONET)}")
@@ -151,7 +152,9 @@ def _guard_disk(target: Path, server: _Server, path: str, sha256: str) -> int:
         return _fetch_file(target, server, path, sha256)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            raise InputError(
+                f"{target}: cannot be written ({error.strerror}); give another folder"
+            ) from None
         raise InputError(
             f"{target}: the disk is full; free some space and run the same command again: it "
             "goes on from what is there"
@@ -219,7 +222,7 @@ def _copy(response: http.client.HTTPResponse, handle: BinaryIO) -> int:
         while chunk := response.read(_CHUNK):
             handle.write(chunk)
             received += len(chunk)
-    except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
         raise _TransferCutOffError(type(error).__name__) from None
     if expected is not None and received < int(expected):
         raise _TransferCutOffError(f"{received} of {expected} bytes came")

@@ -213,6 +213,13 @@ def test_a_full_disk_keeps_what_came(mirror, tmp_path, monkeypatch, code):
     assert (tmp_path / "hosp/labevents.csv.gz").read_bytes() == BIG
 
 
+def test_a_folder_that_is_a_file(mirror, tmp_path):
+    (tmp_path / "demo").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written .*give another folder"):
+        run(mirror, tmp_path / "demo")
+    assert (tmp_path / "demo").read_text() == "in the way"
+
+
 def test_unknown_names_and_addresses(tmp_path):
     with pytest.raises(InputError, match="unknown dataset 'mimic'; choose one of mimic-iv-demo"):
         fetch("mimic", tmp_path)
