@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 SHOTS = Path(__file__).parents[2] / "shots"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -90,7 +88,6 @@ def _chromium(profile: Path, *flags: str) -> str:
 
 
 def _layout(site: tuple, profile: Path, width: int) -> dict:
-
 
     folder, address, _ = site
     (folder / f"probe-{width}.html").write_text(PROBE % width, encoding="utf-8")
