@@ -215,7 +215,7 @@ def test_a_full_disk_keeps_what_came(mirror, tmp_path, monkeypatch, code):
 
 def test_a_folder_that_is_a_file(mirror, tmp_path):
     (tmp_path / "demo").write_text("in the way")
-    with pytest.raises(InputError, match="cannot be written .*give another folder"):
+    with pytest.raises(InputError, match=r"cannot be written .*give another folder"):
         run(mirror, tmp_path / "demo")
     assert (tmp_path / "demo").read_text() == "in the way"
 
