@@ -5,7 +5,6 @@ Nothing here unpickles code: files are safetensors, or read by torch's weights-o
 
 from __future__ import annotations
 
-import pickle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,7 +116,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         )
     try:
         content = _read_weights(path)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file fails in any of the reader's steps
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{path}: cannot be read as plain weights ({reason}); "

@@ -1,4 +1,4 @@
-"""Tiny builds of a model by name."""
+"""Tiny builds of a model by name, on one thread."""
 
 import pytest
 import torch
@@ -7,6 +7,15 @@ from data.tasks import TaskSpec
 from fusion import registry
 
 LABELS = ("a", "b", "c")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Passes through models this small are fastest on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -32,8 +32,6 @@ PATTERNS = {
     "nothing": (NONE, NONE),
     "mixed": ((True, False, True, False), (True, True, False, False)),
 }
-# Forward passes and gradients at one thread are the fastest for models this small.
-torch.set_num_threads(1)
 
 
 def build(name: str, seed: int = 0) -> FusionModel:
