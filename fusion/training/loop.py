@@ -337,7 +337,9 @@ def _resume(session: Session) -> None:
         session.progress = Progress(**found.meta["progress"])
         for schedule, state in zip(session.schedules, found.meta["schedules"], strict=True):
             schedule.load_state_dict(state)
-            for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+            for group, rate in zip(
+                schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True
+            ):
                 group["lr"] = rate
     event = {
         "event": "start",

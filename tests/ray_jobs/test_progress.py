@@ -1,0 +1,144 @@
+"""What a user sees of a run, in a terminal and elsewhere; what reaches workers and comes back."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from data.errors import InputError
+from fusion.training.metrics_log import MetricsLog
+from fusion.training.progress import Progress
+from ray_jobs import supervise
+from ray_jobs.progress import Follower, Reporter
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """Metrics as a run writes them, read as they come."""
+    log = MetricsLog(tmp_path)
+    follower = Follower(tmp_path)
+
+    def made():
+        log.write("event", Progress(), {"event": "start", "updates": 4, "world": 2})
+        values = {"loss": 0.25, "of": 60}
+        log.write("train", Progress(epoch=1, updates=5), values)
+        first = follower.new_lines()
+        log.rotate()
+        log.write("val", Progress(epoch=2, updates=6), {"auroc": 0.75, "loss": 0.3, "best": True})
+        log.write("train", Progress(epoch=2, updates=7), {**values, "loss": float("nan")})
+        second = follower.new_lines()
+        assert follower.new_lines() == []
+        return first, second
+
+    return made()
+
+
+def test_a_line_still_being_written_is_left_for_later(tmp_path):
+    part = tmp_path / "attempt-1" / "part-00001.jsonl"
+    part.parent.mkdir()
+    part.write_text("")
+    follower = Follower(tmp_path)
+    part.write_text('{"kind": "eve')
+    assert follower.new_lines() == []
+    part.write_text('{"kind": "event"}\n')
+    assert follower.new_lines() == [{"kind": "event"}]
+
+
+def test_plain_lines_where_there_is_no_terminal(lines):
+    stream = io.StringIO()
+    reporter = Reporter("demo", 20, stream)
+    for part in lines:
+        reporter.show(part)
+    reporter.close()
+    assert stream.getvalue().splitlines() == [
+        "demo: goes on from step 4 on 2 worker(s)",
+        "demo: epoch 2/20  loss 0.2500  val auroc 0.7500  best so far",
+    ], "training steps come every half minute, validations always"
+
+
+def test_one_live_line_in_a_terminal(lines):
+    stream = Terminal()
+    reporter = Reporter("demo", 20, stream)
+    for part in lines:
+        reporter.show(part)
+    live = stream.getvalue().split("\r\x1b[2K")
+    assert "demo: epoch 2/20  step 5/60  loss 0.2500" in live
+    assert live[-1].startswith(
+        "demo: epoch 3/20  step 7/60  loss not finite  best val auroc 0.7500"
+    )
+    assert "\n" not in live[-1]
+    reporter.close()
+    assert stream.getvalue().endswith("\x1b[2K")
+
+
+def test_paths_reach_workers_absolute():
+    value = {"a": Path("x/y"), "b": [Path("/z"), 1], "c": {"d": None}}
+    assert supervise.absolute_paths(value) == {
+        "a": str(Path.cwd() / "x/y"),
+        "b": ["/z", 1],
+        "c": {"d": None},
+    }
+
+
+def test_an_input_error_of_a_worker_comes_back_as_one(tmp_path, monkeypatch):
+    class FailedError(Exception):
+        worker_failures = {1: RuntimeError("wrapped")}  # noqa: RUF012
+
+    FailedError.worker_failures[1].__cause__ = InputError("shard 3 was altered")
+
+    def body():
+        raise FailedError
+
+    supervised = _supervised(tmp_path, body)
+    with pytest.raises(InputError, match="shard 3 was altered"):
+        supervised.wait()
+
+
+def test_the_first_ctrl_c_asks_for_a_stop_and_the_second_takes_it(tmp_path):
+    import os
+    import signal
+    import time
+
+    stop = tmp_path / ".stop"
+    asked = []
+
+    def obeys():
+        os.kill(os.getpid(), signal.SIGINT)
+        while not stop.exists():
+            time.sleep(0.01)
+        asked.append(supervise.stop_flag(stop, 0)())
+        asked.append(supervise.stop_flag(stop, 1)())
+        return "interrupted"
+
+    assert _supervised(tmp_path, obeys).wait() == "interrupted"
+    assert asked == [True, False], "worker 0 looks"
+
+    def ignores():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt, match="at once"):
+        _supervised(tmp_path, ignores).wait()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def _supervised(tmp_path, body):
+    from ray_jobs.config import RunConfig
+    from ray_jobs.runs import RunFolder
+
+    config = RunConfig.model_validate(
+        {
+            "name": "one",
+            "task": "mortality",
+            "model": {"name": "lstm"},
+            "data": {"shards": tmp_path},
+        }
+    )
+    return supervise.Supervised(body, config, RunFolder(tmp_path), tmp_path / ".stop")
