@@ -35,8 +35,17 @@ CACHE_ROWS = 512
 
 
 def default_folder() -> Path:
-    """Where caches lie if no cache_dir is given: a folder of this user's in the temp folder."""
-    return Path(tempfile.gettempdir()) / f"rayfuse-{os.getuid()}" / "rows"
+    """Where caches lie if no cache_dir is given: a folder of this user's alone in the temp folder.
+
+    Raises:
+        InputError: Someone else made that folder.
+    """
+    own = Path(tempfile.gettempdir()) / f"rayfuse-{os.getuid()}"
+    own.mkdir(mode=0o700, exist_ok=True)
+    if own.stat().st_uid != os.getuid():
+        raise InputError(f"{own}: belongs to another user; set data.batches.cache_dir")
+    own.chmod(0o700)
+    return own / "rows"
 
 
 def ensure(folder: Path, manifest: Manifest, cache_dir: Path | None) -> Path:
@@ -150,6 +159,18 @@ def _check_hash(folder: Path, file: ShardFile) -> list[int]:
             f"{path}: altered after its manifest was written (other sha256); extract again"
         )
     return [state.st_size, state.st_mtime_ns]
+
+
+def open_cache(path: Path) -> pa.RecordBatchFileReader:
+    """The cache, memory-mapped.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path)))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: damaged row cache ({error}); delete it") from None
 
 
 def _verify(folder: Path, manifest: Manifest, stamps_path: Path) -> None:

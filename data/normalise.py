@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
     from data.batches import BatchConfig
     from data.reader import ShardReader
+
+logger = logging.getLogger(__name__)
 
 CONTINUOUS_COLUMNS = [FEATURE_NAMES.index(CHANNELS[v].name) for v in CONTINUOUS]
 """Columns of the 76 features that a normaliser touches, in the order of CONTINUOUS."""
@@ -145,7 +149,12 @@ def fitted(reader: ShardReader) -> Normalizer:
         "means": list(normalizer.means),
         "stds": list(normalizer.stds),
     }
-    write_json(path, {**body, "sha256": sha256_json(body)})
+    try:
+        write_json(path, {**body, "sha256": sha256_json(body)})
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS):
+            raise
+        logger.warning("%s is read-only: the normaliser is fitted in each run", reader.folder)
     return normalizer
 
 

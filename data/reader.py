@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.cache import ensure
+from data.cache import ensure, open_cache
 from data.manifest import Manifest
 from data.schema import N_CHANNELS
 from data.tasks import CHEXPERT_LABELS
@@ -93,7 +93,7 @@ class ShardReader:
         self.folder = folder
         self.manifest = Manifest.load(folder)
         self.cache = ensure(folder, self.manifest, cache_dir)
-        self._file = pa.ipc.open_file(pa.memory_map(str(self.cache)))
+        self._file = open_cache(self.cache)
         batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
         self._chunks = [_Chunk(batch) for batch in batches]
         sizes = np.array([batch.num_rows for batch in batches], np.int64)

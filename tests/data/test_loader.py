@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +35,20 @@ def _stream(shards, config, *, world=1, rank=0, split="train", train=True, **cha
     return open_stream(
         shards, split, config, batch_size=16, seed=3, train=train, rank=rank, world_size=world
     )
+
+
+def _wait_until_gone(pids):
+    deadline = time.monotonic() + 20
+    while any(_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
 
 
 def _same(one, other):
@@ -206,9 +222,35 @@ def test_no_decoding_process_outlives_its_loader(shards, config):
     stream = _stream(shards, config, processes=2)
     next(stream.epoch(0))
     pids = [worker._process.pid for worker in stream._pool._workers]
-    assert all(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert all(_alive(pid) for pid in pids)
     del stream
-    deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    _wait_until_gone(pids)
+
+
+_ENDLESS = """
+import sys, time
+from pathlib import Path
+from data.batches import BatchConfig
+from data.loader import open_stream
+config = BatchConfig(cache_dir=Path(sys.argv[2]), processes=2, image={"resize": 64, "size": 56})
+stream = open_stream(Path(sys.argv[1]), "train", config, batch_size=16, seed=0, train=True)
+batches = stream.epoch(0)
+next(batches)
+print(*[worker._process.pid for worker in stream._pool._workers], flush=True)
+time.sleep(60)
+"""
+
+
+def test_decoding_processes_survive_ctrl_c_and_end_with_a_killed_worker(shards, config):
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", _ENDLESS, str(shards), str(config.cache_dir)]
+    worker = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in worker.stdout.readline().split()]
+    assert len(pids) == 2
+    for pid in pids:
+        os.kill(pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert all(_alive(pid) for pid in pids)
+    worker.kill()
+    worker.communicate()
+    _wait_until_gone(pids)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data import normalise
 from data.batches import BatchConfig
 from data.errors import InputError
 from data.normalise import PUBLISHED, Normalizer, fit, fitted, load, normalizer_for
@@ -135,3 +137,13 @@ def test_the_config_chooses(reader):
     chosen = normalizer_for(reader, BatchConfig(zero_beyond=10))
     assert chosen.means == fitted(reader).means != PUBLISHED.means
     assert chosen.zero_beyond == 10
+
+
+def test_a_read_only_shard_folder_still_gives_the_same_statistics(reader, monkeypatch, caplog):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(normalise, "write_json", refuse)
+    assert fitted(reader) == fit(reader, reader.rows_of("train"))
+    assert "is read-only" in caplog.text
+    assert not list(reader.folder.glob("normalizer-*"))

@@ -185,3 +185,22 @@ def test_new_shards_of_the_same_folder_get_a_cache_of_their_own(make_shards, tmp
     second = ShardReader(tmp_path / "s", tmp_path / "c")
     assert first.cache != second.cache
     assert not np.array_equal(first.series(np.arange(3)).values, second.series(np.arange(3)).values)
+
+
+def test_a_damaged_cache_says_which_file_to_delete(make_shards, tmp_path):
+    make_shards(tmp_path / "s", rows=20, image_size=64)
+    cache = ShardReader(tmp_path / "s", tmp_path / "c").cache
+    cache.write_bytes(cache.read_bytes()[:1000])
+    with pytest.raises(InputError, match=f"{cache.name}: damaged row cache .*; delete it"):
+        ShardReader(tmp_path / "s", tmp_path / "c")
+
+
+def test_the_default_cache_folder_is_for_its_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    (own,) = {row_cache.default_folder().parent}
+    own.chmod(0o777)
+    assert row_cache.default_folder().parent.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(row_cache.os, "getuid", lambda: 12345)
+    (tmp_path / "rayfuse-12345").mkdir()
+    with pytest.raises(InputError, match="belongs to another user"):
+        row_cache.default_folder()
