@@ -211,10 +211,9 @@ def _plausible(joined: pl.DataFrame, ledger: Ledger) -> pl.DataFrame:
         ("before birth", unborn),
         ("later than death or discharge by more than the margin", late & ~unborn),
     ):
-        rows = joined.filter(wrong)
-        ledger.set_aside(
-            "events", reason, rows.height, rows.sort("source", "row").select("source", "row").rows()
-        )
+        rows = joined.filter(wrong).sort("source", "row")
+        places = rows.select(pl.format("{} row {}", "source", "row")).to_series()
+        ledger.set_aside("events", reason, rows.height, places)
     return ledger.keep(
         joined,
         "plausible time",

@@ -116,7 +116,7 @@ def eligible_stays(
         coded,
         "long enough",
         "stays",
-        (hours >= task.min_los_hours - EPSILON) & (length >= 2 * EPSILON),
+        (hours >= task.min_los_hours - EPSILON) & (length > 0),
         f"A stay of at least {task.min_los_hours:g} hours.",
     )
     return stays.join(

@@ -74,8 +74,8 @@ class Grid:
 
 
 def bin_count(hours: NDArray[np.float64], timestep: float) -> NDArray[np.int64]:
-    """Bins in so many hours: an end that falls on a border opens no bin of its own."""
-    return (hours / timestep + 1 - EPSILON).astype(np.int64)
+    """Bins in so many hours, at least one: an end on a border opens no bin of its own."""
+    return np.maximum((hours / timestep + 1 - EPSILON).astype(np.int64), 1)
 
 
 def discretise(points: Points, steps: NDArray[np.int64], timestep: float) -> Grid:
@@ -91,7 +91,8 @@ def discretise(points: Points, steps: NDArray[np.int64], timestep: float) -> Gri
     """
     first = np.concatenate([[0], np.cumsum(steps)])
     bins = (points.offset / _US_PER_HOUR / timestep - EPSILON).astype(np.int64)
-    cell = (first[points.stay] + bins) * N_CHANNELS + points.channel
+    within = np.minimum(bins, steps[points.stay] - 1)
+    cell = (first[points.stay] + within) * N_CHANNELS + points.channel
     last = np.append(cell[1:] != cell[:-1], True)[: len(cell)]
     observed = np.zeros((first[-1], N_CHANNELS), dtype=np.uint8)
     observed.reshape(-1)[cell[last]] = 1

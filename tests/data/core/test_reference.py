@@ -321,7 +321,9 @@ def discretised(
     return table, observed, max(known.values())
 
 
-def reference(folder: Path, code: bool, window: float | None, step: float) -> dict[int, Row]:
+@cache
+def assigned(folder: Path, code: bool) -> tuple[list[Row], dict[str, list[Row]], set[str]]:
+    """The cohort, the events of each stay, and the subjects with any text among their values."""
     stays = cohort(folder, code)
     by_subject = defaultdict(list)
     for stay in stays:
@@ -334,11 +336,18 @@ def reference(folder: Path, code: bool, window: float | None, step: float) -> di
                 textual.add(event["subject"])
             if code or plausible(event, stay):
                 of_stay[stay["stay_id"]].append(event)
+    return stays, of_stay, textual
+
+
+def reference(
+    folder: Path, code: bool, window: float | None, min_los: float, step: float
+) -> dict[int, Row]:
+    stays, of_stay, textual = assigned(folder, code)
     samples = {}
     for stay in stays:
-        if not stay["coded"] or (window == 48.0 and stay["hours"] < 48.0 - 1e-6):
+        if not stay["coded"] or stay["hours"] < min_los - 1e-6:
             continue
-        end = stay["hours"] if window is None else window
+        end = stay["hours"] if window is None else min(window, stay["hours"])
         predicted = stay["outtime"] if window is None else stay["intime"] + timedelta(hours=window)
         at_time = known_values(of_stay[stay["stay_id"]], stay, end, predicted, code)
         values = {
@@ -403,7 +412,7 @@ CASES = [
     for release in ("iii", "iv")
     for preset in ("corrected", "code")
     for task, step in (("phenotyping", 1.0), ("mortality", 1.0))
-] + [("iii", "corrected", "phenotyping", 2.0)]
+] + [("iii", "corrected", "phenotyping", 2.0), ("iii", "corrected", "phenotyping_48h", 1.0)]
 
 
 @pytest.mark.parametrize(("release", "preset", "task", "step"), CASES)
@@ -417,7 +426,9 @@ def test_every_stay_of_the_demos_equals_the_literal_reading(
 ) -> None:
     config = code_config if preset == "code" else ExtractConfig(timestep_hours=step)
     spec = task_spec(task)
-    expected = reference(FOLDERS[release], preset == "code", spec.window_hours, step)
+    expected = reference(
+        FOLDERS[release], preset == "code", spec.window_hours, spec.min_los_hours, step
+    )
     samples = extract_partition(demo_tables(release), spec, config).samples
     assert samples["stay_id"].n_unique() == samples.height
     assert set(samples["stay_id"]) == set(expected)

@@ -124,7 +124,7 @@ def test_late_margin_hours_decide_what_follows_a_death(tiny: Tiny) -> None:
     result = extract_partition(tables, task_spec("mortality"), close)
     (aside,) = result.quarantine
     assert (aside.place, aside.count) == ("events", 1)
-    assert aside.examples == ("('chart', 1)",)
+    assert aside.examples == ("chart row 1",)
     as_found = close.model_copy(update={"event_to_stay": "as_found"})
     assert sum(column(tables, "mortality", as_found, "ehr_observed")[0]) == 2
 
