@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ray_jobs.runs import RunFolder
 
 LOOK_EVERY_S = 0.5
+COUNT_NODES_EVERY_S = 30.0
+NODES_DEADLINE_S = 600.0
 
 
 class Supervised:
@@ -33,6 +35,9 @@ class Supervised:
     ) -> None:
         self._body = body
         self._stop = stop
+        self._scaling = config.scaling
+        self._counted = time.monotonic()
+        self._short_since: float | None = None
         self._reporter = Reporter(config.name, config.train.trained_epochs)
         self._follower = Follower(folder.metrics)
         self._result: Any = None
@@ -42,7 +47,8 @@ class Supervised:
         """The call's result.
 
         Raises:
-            InputError: What one worker raised of that kind.
+            InputError: What one worker raised of that kind, or nodes were lost and none came
+                back within ten minutes.
             KeyboardInterrupt: On the second Ctrl-C.
         """
         thread = threading.Thread(target=self._run, daemon=True)
@@ -54,6 +60,7 @@ class Supervised:
             while thread.is_alive():
                 thread.join(LOOK_EVERY_S)
                 self._reporter.show(self._follower.new_lines())
+                self._count_nodes()
         finally:
             self._reporter.close()
             if restore is not None:
@@ -67,6 +74,22 @@ class Supervised:
             self._result = self._body()
         except BaseException as error:  # raised again on the waiting thread
             self._error = error
+
+    def _count_nodes(self) -> None:
+        import ray
+
+        now = time.monotonic()
+        if now - self._counted < COUNT_NODES_EVERY_S or not ray.is_initialized():
+            return
+        self._counted = now
+        missing = shortage(self._scaling)
+        if missing is None:
+            self._short_since = None
+        elif self._short_since is None:
+            self._short_since = now
+            self._reporter.say(f"{missing}; waiting for nodes")
+        elif now - self._short_since > NODES_DEADLINE_S:
+            raise InputError(f"{missing}; the same command goes on once nodes are back")
 
     def _interrupt(self, number: int, frame: object) -> None:
         if self._stop.exists():
@@ -94,6 +117,15 @@ def check_resources(scaling: ScalingConfig) -> None:
     Raises:
         InputError: It is too small.
     """
+    missing = shortage(scaling)
+    if missing:
+        raise InputError(
+            f"{missing}; lower scaling.num_workers or scaling.resources_per_worker, or add nodes"
+        )
+
+
+def shortage(scaling: ScalingConfig) -> str | None:
+    """What the nodes that are alive lack for a run's workers, busy or not; None if nothing."""
     import ray
 
     needed = dict(scaling.resources_per_worker)
@@ -106,13 +138,13 @@ def check_resources(scaling: ScalingConfig) -> None:
         min(int(node.get(name, 0.0) / amount) for name, amount in needed.items() if amount)
         for node in nodes
     )
-    if room < scaling.num_workers:
-        per_worker = ", ".join(f"{amount:g} {name}" for name, amount in needed.items())
-        raise InputError(
-            f"scaling.num_workers is {scaling.num_workers}, each with {per_worker}, but the "
-            f"cluster has room for {room}; lower scaling.num_workers or "
-            "scaling.resources_per_worker, or add nodes"
-        )
+    if room >= scaling.num_workers:
+        return None
+    per_worker = ", ".join(f"{amount:g} {name}" for name, amount in needed.items())
+    return (
+        f"scaling.num_workers is {scaling.num_workers}, each with {per_worker}, but the "
+        f"cluster has room for {room}"
+    )
 
 
 def absolute_paths(value: Any) -> Any:

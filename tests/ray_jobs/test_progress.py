@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -87,7 +90,7 @@ def test_paths_reach_workers_absolute():
     }
 
 
-def test_an_input_error_of_a_worker_comes_back_as_one(tmp_path, monkeypatch):
+def test_an_input_error_of_a_worker_comes_back_as_one(tmp_path):
     class FailedError(Exception):
         worker_failures = {1: RuntimeError("wrapped")}  # noqa: RUF012
 
@@ -102,10 +105,6 @@ def test_an_input_error_of_a_worker_comes_back_as_one(tmp_path, monkeypatch):
 
 
 def test_the_first_ctrl_c_asks_for_a_stop_and_the_second_takes_it(tmp_path):
-    import os
-    import signal
-    import time
-
     stop = tmp_path / ".stop"
     asked = []
 
@@ -127,6 +126,20 @@ def test_the_first_ctrl_c_asks_for_a_stop_and_the_second_takes_it(tmp_path):
     with pytest.raises(KeyboardInterrupt, match="at once"):
         _supervised(tmp_path, ignores).wait()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_lost_nodes_are_waited_for_until_a_deadline(tmp_path, monkeypatch, capsys):
+    """A cluster that shrank: told once, then given up, for Ray itself would wait for ever."""
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": False, "Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr(supervise, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(supervise, "COUNT_NODES_EVERY_S", 0.02)
+    monkeypatch.setattr(supervise, "NODES_DEADLINE_S", 0.2)
+    with pytest.raises(InputError, match=r"room for 0; the same command goes on"):
+        _supervised(tmp_path, lambda: time.sleep(5)).wait()
+    assert capsys.readouterr().err.count("waiting for nodes") == 1
 
 
 def _supervised(tmp_path, body):
