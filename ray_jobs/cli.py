@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from data.errors import InputError
+from ray_jobs import cli_data
+from ray_jobs.cli_data import say
 
 if TYPE_CHECKING:
     from ray_jobs.config import RunConfig
@@ -29,32 +31,13 @@ app = typer.Typer(
         " `rayfuse report runs/NAME`."
     ),
 )
-data_app = typer.Typer(
-    no_args_is_help=True,
-    help=(
-        "Raw tables to shards: synth or fetch, plan, stage, extract, then describe, check, diff."
-        "\n\nExample: `rayfuse data synth --out hospital --patients 500`, then"
-        " `rayfuse data extract --mimic-iv hospital/mimic-iv --mimic-cxr hospital/mimic-cxr"
-        " --task phenotyping_48h --out shards/pheno`."
-    ),
-)
-app.add_typer(data_app, name="data")
+app.add_typer(cli_data.app, name="data")
 
-PresetName = Literal["corrected", "code", "paper"]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="dotted.path=value, e.g. optim.lr=3e-4 train.epochs=5"),
 ]
 Folder = Annotated[Path, typer.Argument(help="A run's folder, e.g. runs/medfuse")]
-Shards = Annotated[Path, typer.Argument(help="A folder of extracted shards")]
-Switches = Annotated[
-    list[str] | None, typer.Argument(help="switch=value of the extraction, e.g. timestep_hours=2")
-]
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text.rstrip("\n") + "\n")
-    sys.stdout.flush()
 
 
 def _extract_if_absent(run: RunConfig) -> None:
@@ -64,7 +47,7 @@ def _extract_if_absent(run: RunConfig) -> None:
 
     if (run.data.shards / FILE_NAME).is_file() or run.data.sources == Sources():
         return
-    _say(f"{run.data.shards}: no shards yet, extracting")
+    say(f"{run.data.shards}: no shards yet, extracting")
     body.run(
         run.data.sources, run.task, run.data.shards, preset=run.preset, config=run.data.extract
     )
@@ -80,7 +63,7 @@ def doctor(
     from ray_jobs import doctor as body
 
     lines, healthy = body.examine(config)
-    _say("\n".join(lines))
+    say("\n".join(lines))
     raise typer.Exit(0 if healthy else 1)
 
 
@@ -106,7 +89,7 @@ def train(
         for run in runs:
             _extract_if_absent(run)
             folder = body.run(run, fork=fork)
-            _say(f"{run.name}: finished; evaluate with `rayfuse evaluate {folder}`")
+            say(f"{run.name}: finished; evaluate with `rayfuse evaluate {folder}`")
 
 
 @app.command()
@@ -118,7 +101,7 @@ def evaluate(
     from ray_jobs import evaluate as body
 
     body.run(run, split=split)
-    _say(f"wrote {run}/eval/{split}/metrics.json; write the report with `rayfuse report {run}`")
+    say(f"wrote {run}/eval/{split}/metrics.json; write the report with `rayfuse report {run}`")
 
 
 @app.command()
@@ -132,7 +115,7 @@ def report(
     from ray_jobs import report as body
 
     written = body.write_report(runs, out or runs[0] / "report.html")
-    _say(f"wrote {written}")
+    say(f"wrote {written}")
 
 
 @app.command()
@@ -142,7 +125,7 @@ def runs(
     """List runs: state, task, model, step, best score."""
     from ray_jobs.runs import listing
 
-    _say(listing(folder))
+    say(listing(folder))
 
 
 @app.command()
@@ -157,7 +140,7 @@ def demo(
     """No data needed: a synthetic hospital, then the open MIMIC demo patients, to reports."""
     from ray_jobs import demo as body
 
-    body.run(out, only=only, say=_say)
+    body.run(out, only=only, say=say)
 
 
 @app.command(name="import-weights")
@@ -167,39 +150,15 @@ def import_weights(
     out: Annotated[Path, typer.Option(help="safetensors file for `init_from:`")],
 ) -> None:
     """Turn the authors' released weights into ours (never unpickles code)."""
-    from fusion.weights import import_medfuse
     from safetensors.torch import save_file
 
     from data.files import atomic_path
+    from fusion.weights import import_medfuse
 
     weights = import_medfuse(file)
     with atomic_path(out) as target:
         save_file(weights, target)
-    _say(f"wrote {len(weights)} tensors of {system} to {out}")
-
-
-@data_app.command()
-def extract(
-    task: Annotated[str, typer.Option(help="mortality, phenotyping, phenotyping_48h, radiology")],
-    out: Annotated[Path, typer.Option(help="Folder for shards and manifest")],
-    mimic_iv: Annotated[Path | None, typer.Option(help="MIMIC-IV, raw or staged")] = None,
-    mimic_iii: Annotated[Path | None, typer.Option(help="MIMIC-III, raw or staged")] = None,
-    mimic_cxr: Annotated[Path | None, typer.Option(help="MIMIC-CXR-JPG")] = None,
-    notes: Annotated[Path | None, typer.Option(help="MIMIC-IV-Note or NOTEEVENTS")] = None,
-    preset: Annotated[PresetName, typer.Option(help="Published or corrected rules")] = "corrected",
-    switches: Switches = None,
-) -> None:
-    """Cohort, series, images and labels into shards; a killed extraction continues."""
-    from data.switches import Sources
-    from ray_jobs import cluster
-    from ray_jobs import extract as body
-    from ray_jobs.config import extract_config
-
-    sources = Sources(mimic_iv=mimic_iv, mimic_iii=mimic_iii, mimic_cxr=mimic_cxr, notes=notes)
-    config = extract_config(preset, switches or [])
-    with cluster.connect():
-        manifest = body.run(sources, task, out, preset=preset, config=config)
-    _say(f"{out}: {manifest.rows} samples of {task} ({manifest.release}); see `data describe`")
+    say(f"wrote {len(weights)} tensors of {system} to {out}")
 
 
 def main() -> None:

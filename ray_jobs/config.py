@@ -146,7 +146,7 @@ def extract_config(preset: Preset, overrides: Sequence[str] = ()) -> ExtractConf
         if dotted.startswith(prefix)
     }
     given = _nest(dict(_parse_override(item) for item in overrides))
-    return _validate(ExtractConfig, _merge(_nest(values), given), "extraction switches")
+    return checked(ExtractConfig, _merge(_nest(values), given), place="extraction switches")
 
 
 def preset_values(preset: Preset) -> dict[str, Any]:
@@ -169,10 +169,15 @@ def from_document(document: dict[str, Any], *, place: str) -> RunConfig:
         if _applies(dotted, document)
     }
     plain = {plain_path(dotted): value for dotted, value in applicable.items()}
-    return _validate(RunConfig, _merge(_nest(plain), document), place)
+    return checked(RunConfig, _merge(_nest(plain), document), place=place)
 
 
-def _validate(block: type[ConfigT], values: dict[str, Any], place: str) -> ConfigT:
+def checked(block: type[ConfigT], values: dict[str, Any], *, place: str) -> ConfigT:
+    """A block of these values; everything wrong is reported at once, headed by `place`.
+
+    Raises:
+        InputError: A key or value is wrong.
+    """
     try:
         return block.model_validate(values)
     except ValidationError as error:
