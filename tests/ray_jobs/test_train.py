@@ -1,0 +1,248 @@
+"""One run on Ray Train: killed workers, Ctrl-C, a killed driver; and what a name may claim."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data.errors import InputError
+from data.manifest import Manifest
+from fusion.training import metrics_log
+from fusion.training.strategy import Single
+from ray_jobs import config as run_config
+from ray_jobs import lineage, session, supervise, train
+from ray_jobs.config import RunConfig, ScalingConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def shards(make_shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    make_shards(folder, rows=60, image_size=32, hours=48)
+    return folder
+
+
+@pytest.fixture
+def make_config(shards, tmp_path):
+    def make(name="one", **changes):
+        value = {
+            "name": name,
+            "runs_dir": tmp_path / "runs",
+            "task": "mortality",
+            "model": {"name": "lstm", "hidden": 8, "dropout": 0.3},
+            "data": {"shards": shards, "batches": {"image": {"resize": 32, "size": 32}}},
+            "optim": {"lr": 1e-2},
+            "train": {"epochs": 8, "batch_size": 5, "log_every_steps": 1},
+            "checkpoint": {"every_steps": 3},
+            "scaling": {"num_workers": 2},
+        }
+        for path, change in changes.items():
+            block = value
+            *parents, leaf = path.split("__")
+            for parent in parents:
+                block = block.setdefault(parent, {})
+            block[leaf] = change
+        return RunConfig.model_validate(value)
+
+    return make
+
+
+def _updates(folder):
+    lines = list(metrics_log.follow_files(folder / "metrics"))
+    return [line["step"] for line in lines if line["kind"] == "train"]
+
+
+def _when(folder, updates, act):
+    """Run `act` on a thread once the run has logged that many updates."""
+
+    def watch():
+        while not (seen := _updates(folder)) or seen[-1] < updates:
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+
+
+def _kill_a_worker():
+    """SIGKILL one training worker among this process's own descendants."""
+    for process in psutil.Process().children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+            return
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_a_killed_worker_changes_nothing_in_the_result(make_config):
+    undisturbed = train.run(make_config("undisturbed"))
+    config = make_config("killed")
+    _when(config.folder, 11, _kill_a_worker)
+    killed = train.run(config)
+    attempts = sorted(path.name for path in (killed / "metrics").glob("attempt-*"))
+    assert attempts == ["attempt-1", "attempt-2"], "the kill came in time"
+    starts = [
+        line["values"]["updates"]
+        for line in metrics_log.follow_files(killed / "metrics")
+        if line["values"].get("event") == "start"
+    ]
+    assert starts[0] == 0
+    assert starts[1] >= 9
+    curves = [
+        [
+            line["values"]["loss"]
+            for line in metrics_log.read(run / "metrics")
+            if line["kind"] == "train"
+        ]
+        for run in (undisturbed, killed)
+    ]
+    assert curves[0] == curves[1]
+    weights = [(run / "best" / "model.safetensors").read_bytes() for run in (undisturbed, killed)]
+    assert weights[0] == weights[1]
+    outcomes = [json.loads((run / "outcome.json").read_text()) for run in (undisturbed, killed)]
+    for outcome in outcomes:
+        del outcome["time"]
+    assert outcomes[0] == outcomes[1]
+    assert not (killed / ".ray").exists()
+    before = sorted((killed / "metrics").rglob("*.jsonl"))
+    assert train.run(config) == killed, "finished: says so and does nothing"
+    assert sorted((killed / "metrics").rglob("*.jsonl")) == before
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_ctrl_c_writes_a_checkpoint_and_the_same_call_goes_on(make_config):
+    config = make_config("interrupted", train__epochs=40)
+    _when(config.folder, 5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match="same command"):
+        train.run(config)
+    taken = _updates(config.folder)
+    folder = train.run(config)
+    assert _updates(folder)[: len(taken) + 1] == [*taken, taken[-1] + 1], "the very next step"
+    meta = json.loads((folder / "best" / "meta.json").read_text())
+    assert meta["config"]["name"] == "interrupted"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_driver_is_continued_by_the_same_command(make_config, tmp_path):
+    config = make_config("orphan")
+    run_config.dump(config, tmp_path / "run.yaml")
+    script = (
+        "import sys; from pathlib import Path; from ray_jobs import cluster, config, train\n"
+        "(run,) = config.load(Path(sys.argv[1]))\n"
+        "with cluster.connect(num_cpus=2):\n    train.run(run)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "run.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    driver = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (seen := _updates(config.folder)) or seen[-1] < 5:
+        assert time.monotonic() < deadline
+        assert driver.poll() is None
+        time.sleep(0.02)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.wait()
+    psutil.wait_procs(family, timeout=60)
+    assert not (config.folder / "outcome.json").exists()
+    subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
+    surviving = metrics_log.read(config.folder / "metrics")
+    steps = [line["step"] for line in surviving if line["kind"] == "train"]
+    assert steps == list(range(1, steps[-1] + 1)), "each step once in the surviving history"
+    assert json.loads((config.folder / "outcome.json").read_text())["epoch"] == 8
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_more_workers_than_the_cluster_holds_are_refused():
+    with pytest.raises(InputError, match=r"scaling\.num_workers is 64.*room for 4"):
+        supervise.check_resources(ScalingConfig(num_workers=64))
+    with pytest.raises(InputError, match=r"1 GPU, but the cluster has room for 0"):
+        supervise.check_resources(ScalingConfig(use_gpu=True))
+    supervise.check_resources(ScalingConfig(num_workers=2))
+
+
+def test_a_session_reads_the_shards_as_the_config_says(make_config, tmp_path):
+    """36 training rows in batches of 5: eight steps, or seven whole ones."""
+    rows = {}
+    for drop in (False, True):
+        config = make_config(train__drop_last=drop, scaling={"strategy": "single"})
+        opened = session.open_session(
+            config, train.RunFolder(tmp_path / str(drop)), Single(), train.STOP
+        )
+        assert opened.train.steps_per_epoch == 8 - drop
+        rows[drop] = [batch.rows.tolist() for batch in opened.train.epoch(1)]
+        assert [batch.rows.tolist() for batch in opened.train.epoch(1, 3)] == rows[drop][3:]
+        assert [len(batch) for batch in opened.val.epoch(0)] == [5, 5, 2], "validation never"
+    assert [len(batch) for batch in rows[False]] == [5] * 7 + [1]
+    assert rows[True] == rows[False][:7]
+    with pytest.raises(InputError, match="leaves nothing of 36 training rows"):
+        session.open_session(
+            make_config(train__drop_last=True, train__batch_size=64),
+            train.RunFolder(tmp_path / "none"),
+            Single(),
+            train.STOP,
+        )
+
+
+def test_a_name_belongs_to_one_config(make_config, shards):
+    manifest = Manifest.load(shards)
+    first = lineage.claim(make_config(), manifest, fork=False)
+    assert first.name == "one"
+    wider = make_config(scaling__num_workers=1)
+    assert lineage.claim(wider, manifest, fork=False).name == "one", "workers are free"
+    other = make_config(optim__lr=0.5)
+    with pytest.raises(InputError, match=r"optim\.lr: 0\.01 -> 0\.5(.|\n)*--fork"):
+        lineage.claim(other, manifest, fork=False)
+    assert lineage.claim(other, manifest, fork=True).name == "one-2"
+    assert lineage.claim(other, manifest, fork=True).name == "one-2", "continues its own fork"
+    third = make_config(optim__lr=0.25)
+    assert lineage.claim(third, manifest, fork=True).name == "one-3"
+
+
+def test_other_shards_under_the_same_name_are_refused(make_config, make_shards, shards, tmp_path):
+    lineage.claim(make_config(), Manifest.load(shards), fork=False)
+    moved = make_shards(tmp_path / "moved", rows=60, image_size=32, seed=9)
+    with pytest.raises(InputError, match="shards: manifest"):
+        lineage.claim(make_config(data__shards=tmp_path / "moved"), moved, fork=False)
+
+
+def test_shards_of_another_task_or_preset_are_refused(make_config, shards):
+    manifest = Manifest.load(shards)
+    with pytest.raises(InputError, match="holds the task 'mortality'"):
+        lineage.check_shards(make_config(task="phenotyping"), manifest)
+    with pytest.raises(InputError, match=r"data\.allow_mixed"):
+        lineage.check_shards(make_config(preset="code"), manifest)
+    lineage.check_shards(make_config(preset="code", data__allow_mixed=True), manifest)
+
+
+def test_a_run_in_training_refuses_a_second_process(make_config, shards):
+    config = make_config()
+    lineage.claim(config, Manifest.load(shards), fork=False)
+    folder = train.RunFolder(config.folder)
+    again = pytest.raises(InputError, match="another process")
+    with lineage.locked(folder), again, lineage.locked(folder):
+        pass
+    with lineage.locked(folder):
+        pass
+
+
+def test_the_environment_names_no_host_user_or_path(make_config, shards):
+    lineage.claim(make_config(), Manifest.load(shards), fork=False)
+    text = (make_config().folder / "env.json").read_text()
+    for secret in (os.uname().nodename, str(Path.home()), str(ROOT), str(shards)):
+        assert f'"{secret}' not in text
+    starts = json.loads(text)["starts"]
+    assert starts[0]["packages"]["torch"]
