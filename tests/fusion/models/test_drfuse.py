@@ -217,7 +217,7 @@ def test_attention_learns_where_each_label_comes_from(build, make_batch):
     """Label a depends on the image alone, label b on the series alone."""
     model = build("drfuse", seed=1, labels=("a", "b"), hidden=16, dropout=0.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for step in range(120):
+    for step in range(70):
         batch = planted(make_batch, seed=step)
         loss_of(model, batch).backward()
         optimizer.step()
