@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _EXACT_FLOAT32 = 2**24
+_CHUNK = 1024  # ties at once: with a block of resamples they stay in a core's cache
 
 
 class RankedLabel:
@@ -48,12 +49,20 @@ class RankedLabel:
             raise ValueError("scores must be finite")
         rows = np.arange(len(targets)) if groups is None else np.asarray(groups)
         self.n_groups = (int(rows.max(initial=-1)) + 1) if n_groups is None else n_groups
-        self._segments, self._ties = self._segment(targets == 1, scores, rows)
+        positive = targets == 1
+        self._totals = np.stack(
+            [np.bincount(rows[member], minlength=self.n_groups) for member in (positive, ~positive)]
+        ).astype(np.float64)
+        self._chunks = self._segment(positive, scores, rows)
 
     def _segment(
         self, positive: NDArray[np.bool_], scores: NDArray[np.float64], rows: NDArray[Any]
-    ) -> tuple[sparse.csr_matrix, int]:
-        """Rows of the sparse matrix: positives, tied negatives, negatives between; all by tie."""
+    ) -> list[sparse.csr_matrix]:
+        """For each run of ties with positives: [3 m, n_groups] sums, one third after the other.
+
+        Of each tie the positives, the negatives tied with them, and the negatives between it and
+        the tie before.
+        """
         order = np.argsort(-scores, kind="stable")
         positive, rows, ordered = positive[order], rows[order], scores[order]
         first = np.ones(len(ordered), bool)
@@ -62,12 +71,18 @@ class RankedLabel:
         with_positive = np.zeros(len(ordered), bool)
         with_positive[tie[positive]] = True
         # For each tie: the number of ties with a positive before it.
-        rank = np.cumsum(with_positive) - with_positive
+        rank = (np.cumsum(with_positive) - with_positive)[tie]
+        third = np.where(positive, 0, np.where(with_positive[tie], 1, 2))
         ties = int(with_positive.sum())
-        segment = rank[tie] + np.where(positive, 0, np.where(with_positive[tie], ties, 2 * ties))
-        ones = np.ones(len(ordered), np.float32)
-        shape = (3 * ties + 1, self.n_groups)
-        return sparse.coo_matrix((ones, (segment, rows)), shape=shape).tocsr(), ties
+        chunks = []
+        for start in range(0, ties, _CHUNK):
+            size = min(_CHUNK, ties - start)
+            own = slice(*np.searchsorted(rank, (start, start + size)))
+            segment = third[own] * size + rank[own] - start
+            ones = np.ones(len(segment), np.float32)
+            shape = (3 * size, self.n_groups)
+            chunks.append(sparse.coo_matrix((ones, (segment, rows[own])), shape=shape).tocsr())
+        return chunks
 
     def scores(
         self, weights: NDArray[np.floating]
@@ -76,23 +91,29 @@ class RankedLabel:
 
         NaN where the rows of positive weight lack a class. Exact for whole-number weights.
         """
-        ties = self._ties
-        sums = np.asarray(self._segments @ weights, np.float64)
-        positives, tied = sums[:ties], sums[ties : 2 * ties]
-        above = np.cumsum(sums[2 * ties : 3 * ties], axis=0) + np.cumsum(tied, axis=0) - tied
-        n_positive = positives.sum(0)
-        n_negative = sums[ties:].sum(0)
-        true = np.cumsum(positives, axis=0)
-        flagged = true + above + tied
+        n_positive, n_negative = self._totals @ weights.astype(np.float64, copy=False)
+        true, false, wins, average = np.zeros((4, weights.shape[1]))
+        for segments in self._chunks:
+            sums = np.asarray(segments @ weights, np.float64)
+            positives, tied, above = sums.reshape(3, -1, weights.shape[1])
+            above[0] += false
+            above[1:] += tied[:-1]
+            np.cumsum(above, axis=0, out=above)
+            wins += np.einsum("tr,tr->r", positives, n_negative - above - 0.5 * tied)
+            above += tied
+            found = np.cumsum(positives, axis=0)
+            found += true
+            false, true = above[-1].copy(), found[-1].copy()
+            above += found
+            np.divide(found, above, out=found, where=above > 0)
+            average += np.einsum("tr,tr->r", positives, found)
         with np.errstate(divide="ignore", invalid="ignore"):
-            wins = (positives * (n_negative - above - 0.5 * tied)).sum(0)
-            auroc = wins / (n_positive * n_negative)
-            precision = np.divide(true, flagged, out=np.zeros_like(true), where=flagged > 0)
-            average = (positives * precision).sum(0) / n_positive
+            wins /= n_positive * n_negative
+            average /= n_positive
         lacking = (n_positive == 0) | (n_negative == 0)
-        auroc[lacking] = np.nan
+        wins[lacking] = np.nan
         average[lacking] = np.nan
-        return auroc, average
+        return wins, average
 
 
 def weight_dtype(total: float) -> type[np.floating]:

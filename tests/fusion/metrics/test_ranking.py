@@ -25,6 +25,21 @@ def test_equal_sklearn_with_and_without_ties(rows: int, decimals: int) -> None:
         assert average_precision(targets, scores)[c] == pytest.approx(expected, abs=1e-13)
 
 
+@pytest.mark.parametrize("decimals", [2, 3, 12])
+def test_many_positives_are_summed_in_pieces(decimals: int) -> None:
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 2, 9000)
+    scores = np.round(rng.random(9000) + 0.2 * targets, decimals)
+    weights = rng.integers(0, 4, 9000)
+    found = RankedLabel(targets, scores).scores(np.stack([np.ones(9000), weights], 1))
+    repeated = np.repeat(np.arange(9000), weights)
+    for column, rows in enumerate((slice(None), repeated)):
+        expected = roc_auc_score(targets[rows], scores[rows])
+        assert found[0][column] == pytest.approx(expected, abs=1e-12)
+        expected = average_precision_score(targets[rows], scores[rows])
+        assert found[1][column] == pytest.approx(expected, abs=1e-12)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(
