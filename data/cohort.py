@@ -179,15 +179,17 @@ def _died(config: ExtractConfig) -> pl.Expr:
     `mixed` is the released rule: date of death (a date: midnight) or time of death in
     [admission, discharge]. `time` asks the time of death, from the admission to a day after the
     discharge: MIMIC has one only for deaths in hospital, and often writes such a discharge as the
-    midnight before. Only where there is no time of death does a date of death count, and only if
-    that whole day ends before the discharge: who went home and died the same day is not counted,
-    who died on the day of admission is.
+    midnight before. Only where there is no time of death does the date count, as a day: from the
+    day of admission to that of discharge.
     """
     known = pl.col("deathtime").is_not_null()
     if config.deaths == "mixed":
         by_date = pl.col("dod").is_between("admittime", "dischtime").fill_null(value=False)
         return by_date | pl.col("deathtime").is_between("admittime", "dischtime")
     by_time = pl.col("deathtime").is_between("admittime", pl.col("dischtime") + _DAY)
-    day = pl.col("dod").dt.truncate("1d")
-    by_day = (day >= pl.col("admittime").dt.truncate("1d")) & (day + _DAY <= pl.col("dischtime"))
+    by_day = (
+        pl.col("dod")
+        .dt.date()
+        .is_between(pl.col("admittime").dt.date(), pl.col("dischtime").dt.date())
+    )
     return pl.when(known).then(by_time).otherwise(by_day)

@@ -142,7 +142,7 @@ def died(stay: Row, code: bool) -> bool:
     if stay["deathtime"]:
         return begin <= stay["deathtime"] <= end + day
     if stay["dod"]:
-        return stay["dod"].date() >= begin.date() and stay["dod"] + day <= end
+        return begin.date() <= stay["dod"].date() <= end.date()
     return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -59,15 +60,22 @@ def test_flipping_a_switch_changes_the_demo(
 def test_deaths_by_time_or_by_the_midnight_of_a_date(tiny: Tiny) -> None:
     events = [{"hour": 1, "item": HEART_RATE, "value": "70"}]
     admission = tiny(events)["admissions"]
-    midnight = admission["admittime"].dt.truncate("1d")[0]
-    discharge = admission["dischtime"].dt.truncate("1d")[0]
-    on_admission_day = tiny(events, patients={"dod": midnight})
-    on_discharge_day = tiny(events, patients={"dod": discharge})
+    midnights = [admission[name].dt.truncate("1d")[0] for name in ("admittime", "dischtime")]
     time, mixed = ExtractConfig(), ExtractConfig(deaths="mixed")
-    assert column(on_admission_day, "mortality", time, "labels") == [[1.0]]
-    assert column(on_admission_day, "mortality", mixed, "labels") == [[0.0]]
-    assert column(on_discharge_day, "mortality", time, "labels") == [[0.0]]
-    assert column(on_discharge_day, "mortality", mixed, "labels") == [[1.0]]
+    day = timedelta(days=1)
+    for date, by_time, by_midnight in (
+        (midnights[0] - day, 0.0, 0.0),
+        (midnights[0], 1.0, 0.0),
+        (midnights[1], 1.0, 1.0),
+        (midnights[1] + day, 0.0, 0.0),
+    ):
+        tables = tiny(events, patients={"dod": date})
+        assert column(tables, "mortality", time, "labels") == [[by_time]]
+        assert column(tables, "mortality", mixed, "labels") == [[by_midnight]]
+    late = admission["dischtime"][0] + timedelta(hours=20)
+    tables = tiny(events, admissions={"deathtime": late}, patients={"dod": midnights[1] + day})
+    assert column(tables, "mortality", time, "labels") == [[1.0]]
+    assert column(tables, "mortality", mixed, "labels") == [[0.0]]
 
 
 def test_icd_join_on_the_code_alone_mixes_the_versions(tiny: Tiny) -> None:
