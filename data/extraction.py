@@ -97,7 +97,9 @@ def eligible_stays(
     """All stays of the cohort, with what the task asks of them.
 
     Stays that are no sample stay in the frame, because events are given to stays of the whole
-    cohort: `eligible` tells them apart.
+    cohort: `eligible` tells them apart. The prediction time is intime plus the task's window, or
+    outtime; nothing later is used under any preset (where `los` is rounded, as in MIMIC-III, the
+    released window reaches seconds beyond outtime: those values are left out).
 
     Returns:
         STAY_COLUMNS, `phenotypes`, `hours` (the series' length), `prediction_time`, `eligible`.
