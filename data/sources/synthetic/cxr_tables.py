@@ -73,7 +73,7 @@ class Plan:
         return ["-".join(f"{part:08x}" for part in row) for row in self.hex]
 
 
-def write_cxr(
+def write_cxr(  # noqa: PLR0913 - one call a block
     tables: Tables,
     block: Block,
     plan: Plan,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,8 @@ from data.sources.synthetic.vitals import beliefs, draw_course
 from data.sources.synthetic.writer import Tables
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from data.sources.synthetic.vitals import Course
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class SyntheticTruth:
     rows: dict[str, int]
 
 
-def generate(
+def generate(  # noqa: PLR0913 - each is a choice of the command line
     out: Path,
     *,
     patients: int,

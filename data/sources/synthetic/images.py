@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+from scipy import fft
 from scipy.special import logsumexp
 
 if TYPE_CHECKING:
@@ -44,14 +45,19 @@ def shapes(config: HospitalConfig) -> np.ndarray:
 
 
 def _background(count: int, side: int, rng: np.random.Generator) -> np.ndarray:
-    """Two dark lungs in a brighter chest, each image a little different: float64 [n, G, G]."""
+    """Two dark lungs in a brighter, unevenly lit chest: float64 [n, G, G].
+
+    Lighting and depth differ from image to image by more than the shapes add to the spread.
+    """
     y, x = np.mgrid[0:side, 0:side] / (side - 1.0)
     out = np.full((count, side, side), 0.55)
     out += rng.normal(0.0, 0.03, (count, 1, 1))
+    tilt = rng.normal(0.0, 0.12, (2, count, 1, 1))
+    out += tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5)
     for centre in (0.30, 0.70):
         cx = centre + rng.normal(0, 0.02, (count, 1, 1))
         cy = 0.5 + rng.normal(0, 0.03, (count, 1, 1))
-        depth = 0.15 + rng.uniform(0, 0.06, (count, 1, 1))
+        depth = rng.uniform(0.06, 0.26, (count, 1, 1))
         inside = ((x - cx) / 0.17) ** 2 + ((y - cy) / 0.36) ** 2
         out -= depth / (1.0 + np.exp(np.clip((inside - 1.0) * 8.0, -50, 50)))
     return out
@@ -76,9 +82,15 @@ def place_range(config: HospitalConfig) -> tuple[int, int]:
 
 
 def draw_images(
-    latents: np.ndarray, config: HospitalConfig, rng: np.random.Generator
+    latents: np.ndarray,
+    config: HospitalConfig,
+    rng: np.random.Generator,
+    *,
+    judged: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images of given latents (uint8 [n, 2]) and P(i1 on | image), P(i2 on | image).
+
+    Without `judged` the beliefs, which cost most of the time, are left at 0.5.
 
     Returns:
         float64 [n, G, G] grey in 0..1, and float64 [n, 2]. The belief is exact given the
@@ -91,7 +103,7 @@ def draw_images(
     noise = rng.normal(0.0, config.pixel_noise, clean.shape)
     place = _places(count, config, rng)
     phase = rng.integers(0, SPOKE_PHASES, (count, 2))
-    found = np.empty((count, 2))
+    found = np.full((count, 2), 0.5)
     images = clean + noise
     for latent in range(2):
         alone = noise.copy()
@@ -100,7 +112,8 @@ def draw_images(
             patch = patches[latent, latents[n, latent], phase[n, latent]]
             images[n, top : top + width, left : left + width] += patch
             alone[n, top : top + width, left : left + width] += patch
-        found[:, latent] = _belief(alone, patches[latent], config)
+        if judged:
+            found[:, latent] = _belief(alone, patches[latent], config)
     return images, found
 
 
@@ -108,17 +121,19 @@ def _belief(rest: np.ndarray, patches: np.ndarray, config: HospitalConfig) -> np
     """P(on | residual image), place and phase summed out with uniform priors: float64 [n]."""
     side = rest.shape[-1]
     low, high = place_range(config)
-    spectrum = np.fft.rfft2(rest)
+    spectrum = fft.rfft2(rest.astype(np.float32))
     scores = []
     for state in range(2):
         logs = []
-        for patch in patches[state]:
-            kernel = np.zeros((side, side))
+        for patch in np.unique(patches[state], axis=0):  # equally often among the phases
+            kernel = np.zeros((side, side), dtype=np.float32)
             kernel[: patch.shape[0], : patch.shape[1]] = patch
-            match = np.fft.irfft2(spectrum * np.conj(np.fft.rfft2(kernel)), s=(side, side))
+            match = fft.irfft2(spectrum * np.conj(fft.rfft2(kernel)), s=(side, side))
             match = match[:, low : high + 1, low : high + 1]
             energy = 0.5 * (patch**2).sum()
-            logs.append(((match - energy) / config.pixel_noise**2).reshape(len(rest), -1))
+            logs.append(
+                ((match.astype(np.float64) - energy) / config.pixel_noise**2).reshape(len(rest), -1)
+            )
         scores.append(logsumexp(np.concatenate(logs, axis=1), axis=1))
     return 1.0 / (1.0 + np.exp(np.clip(scores[0] - scores[1], -700, 700)))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def lab_rows(block: Block, rng: np.random.Generator, *, quirks: bool) -> Rows:
-    """Panels about every eight hours; labs never carry a stay, and with quirks some no admission."""
+    """Panels about every eight hours; labs carry no stay, and with quirks some no admission."""
     count = np.maximum(np.floor(block.hours / 8).astype(np.int64), 1)
     panel = np.repeat(np.arange(len(count)), count)
     hour = (np.arange(len(panel)) - np.repeat(np.cumsum(count) - count, count)) * 8

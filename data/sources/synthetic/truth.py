@@ -158,9 +158,10 @@ def truth_report(out: Path) -> str:
     scores = truth_scores(out)
     lines = [
         f"Planted truth of {out.name}: AUROC on {scores['stays'][0]} paired stays "
-        "(`all`: on every stay). Best reachable; no model can expect more.",
+        "(`all`: on every stay). Oracle on the latents, Bayes on each modality set's "
+        "clean features, `late` averaging the two unimodal Bayes scores.",
         "",
-        "| label | kind | positives | oracle | Bayes ehr | Bayes cxr | Bayes ehr+cxr | late | all |",
+        "| label | kind | positives | oracle | ehr | cxr | ehr+cxr | late | all |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     names = ("oracle", "ehr", "cxr", "ehr+cxr", "late", "all")

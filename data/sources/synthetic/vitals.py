@@ -1,9 +1,10 @@
 """The hourly course of the vital signs, the two motifs in it, and what they tell of the latents.
 
 A motif is two phases of equal length at a uniformly random time well before the end. Latent e1
-decides whether heart rate and temperature rise in the first phase and breathing rate and glucose in the
-second, or the other way round; latent e2 whether the pressures dip before the saturation or after it. Either
-way every channel moves once, as far and as long, so its mean and its last value say nothing.
+decides whether heart rate and temperature rise in the first phase and breathing rate and glucose
+in the second, or the other way round; latent e2 whether the pressures dip before the saturation or
+after it. Either way every channel moves once, as far and as long, so its mean and its last value
+say nothing.
 """
 
 from __future__ import annotations

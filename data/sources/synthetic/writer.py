@@ -72,6 +72,6 @@ class Tables:
         self._open[name].write(text.encode())
 
 
-def times(seconds: object) -> pl.Series:
+def times(seconds: np.ndarray) -> pl.Series:
     """Seconds since 1970 as a time column."""
     return (pl.Series(seconds).cast(pl.Int64) * 1_000_000).cast(pl.Datetime("us"))
