@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from data.errors import InputError
 from data.files import sha256_json, write_json
 from ray_jobs import config as run_config
+from ray_jobs.inference import load_config
 from ray_jobs.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -182,8 +183,7 @@ def locked(folder: RunFolder) -> Iterator[None]:
 def _faults(folder: RunFolder, config: RunConfig, manifest: Manifest) -> list[str]:
     if not folder.config.exists():
         return []
-    (owner,) = run_config.load(folder.config)
-    faults = differences(owner, config)
+    faults = differences(load_config(folder.path), config)
     before = _environment(folder).get("lineage", {}).get("manifest", manifest.digest)
     if before != manifest.digest:
         faults.append(f"shards: manifest {before[:12]} -> {manifest.digest[:12]}")

@@ -63,6 +63,7 @@ def run(config: RunConfig, *, fork: bool = False) -> Path:
         (folder.path / STOP).unlink(missing_ok=True)
         supervise.check_resources(config.scaling)
         result = _fit(config, folder, document)
+    (folder.path / STOP).unlink(missing_ok=True)
     if result["error"]:
         raise InputError(f"{config.name}: {result['error']}")
     if result["ending"] == "interrupted":

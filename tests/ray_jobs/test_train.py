@@ -146,11 +146,13 @@ def test_a_killed_driver_is_continued_by_the_same_command(make_config, tmp_path)
     )
     command = [sys.executable, "-c", script, str(tmp_path / "run.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    driver = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    said = tmp_path / "stderr.txt"
+    with said.open("w") as handle:
+        driver = subprocess.Popen(command, env=environment, stderr=handle)
     deadline = time.monotonic() + 240
     while not (seen := _updates(config.folder)) or seen[-1] < 5:
         assert time.monotonic() < deadline
-        assert driver.poll() is None
+        assert driver.poll() is None, said.read_text()[-2000:]
         time.sleep(0.02)
     family = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
