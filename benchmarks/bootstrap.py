@@ -1,4 +1,4 @@
-"""The bootstrap's CPU time on one core against the naive form: sklearn on the rows that each resample repeats.
+"""The bootstrap's CPU time on a core against sklearn on the rows that each resample repeats.
 
 Prints JSON. The naive form is timed on a few resamples and scaled; both see the same resamples,
 and the largest difference between their scores is printed.

@@ -54,7 +54,7 @@ def run(run_folder: Path, *, split: str | None = None) -> dict[str, Any]:
     trained = inference.load(run_folder)
     config = trained.config
     split = split or config.evaluate.split
-    stream = inference.open_split(config, split)
+    stream = inference.open_split(trained, split)
     _log.info("%s: predicting the %s split", config.name, split)
     raw = inference.predict(trained, stream, features=True)
     keys = stream.reader.keys().take(raw.rows)

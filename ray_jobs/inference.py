@@ -78,11 +78,16 @@ def load(run_folder: Path) -> Trained:
     return Trained(config, model, meta)
 
 
-def open_split(config: RunConfig, split: str) -> BatchLoader:
-    """The batches of every row of a split, in order."""
+def open_split(trained: Trained, split: str) -> BatchLoader:
+    """The batches of every row of a split, in order.
+
+    Raises:
+        InputError: The shards are not those the run was trained on, or the split has no rows.
+    """
     from data.loader import open_stream
 
-    return open_stream(
+    config = trained.config
+    stream = open_stream(
         config.data.shards,
         split,
         config.data.batches,
@@ -91,6 +96,15 @@ def open_split(config: RunConfig, split: str) -> BatchLoader:
         train=False,
         rows="partial",
     )
+    learnt_on = trained.meta.get("lineage", {}).get("manifest")
+    if learnt_on not in (None, stream.reader.manifest.digest):
+        stream.close()
+        raise InputError(
+            f"{config.data.shards}: not the shards that {config.name} was trained on (manifest "
+            f"{stream.reader.manifest.digest[:12]}, then {learnt_on[:12]}); put those back, or "
+            "train again under another name"
+        )
+    return stream
 
 
 def predict(
@@ -118,7 +132,7 @@ def predict(
         batches,
         Task(task_spec(trained.config.task)),
         config=trained.config.train,
-        features=_feature_names(trained, stream) if features else (),
+        features=_feature_names(trained) if features else (),
     ).sorted()
 
 
@@ -151,14 +165,15 @@ def withholding_order(rows: NDArray[np.int64], seed: int) -> NDArray[np.float64]
     return np.array([np.random.default_rng([seed, int(row)]).random() for row in rows])
 
 
-def _feature_names(trained: Trained, stream: BatchLoader) -> tuple[str, ...]:
+def _feature_names(trained: Trained) -> tuple[str, ...]:
     """What the model names in `Output.features`, logits of other heads apart."""
     import torch
 
-    device = next(trained.model.parameters()).device
-    batch = next((batch for batch in stream.epoch(0) if batch is not None), None)
-    if batch is None:
-        return ()
+    from data.tasks import task_spec
+    from fusion.training.objective import placeholder
+
+    config, device = trained.config, next(trained.model.parameters()).device
+    batch = placeholder(task_spec(config.task), config.data.batches.image.size)
     trained.model.eval()
     with torch.no_grad():
         named = trained.model(batch.to(device)).features

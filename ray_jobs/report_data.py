@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _BESIDE = ("lr", "steps", "of", "rows", "best")
 """Logged values that are no curve."""
-_PATHS = ("path", "folder", "dir", "host", "user")
+_UNSAID = ("path", "folder", "dir", "host", "user", "time")
 
 
 def flow(manifest: Manifest) -> list[dict[str, Any]]:
@@ -161,7 +161,7 @@ def _duration(seconds: float) -> str:
 
 
 def environment(folder: Path) -> list[tuple[str, str]]:
-    """env.json as pairs, without anything that names a place or a person."""
+    """env.json as pairs: hashes, and the last start's versions; nothing that names a place."""
     from ray_jobs.report import flatten
 
     path = RunFolder(folder).environment
@@ -171,8 +171,11 @@ def environment(folder: Path) -> list[tuple[str, str]]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return [("env.json", "not readable")]
+    starts = value.pop("starts", [])
+    if starts:
+        value |= {"starts": len(starts), "last start": starts[-1]}
     return [
         (name, text)
         for name, text in flatten(value)
-        if not any(word in name.lower().split(".")[-1] for word in _PATHS)
+        if not any(word in name.lower().split(".")[-1] for word in _UNSAID)
     ]

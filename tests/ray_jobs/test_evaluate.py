@@ -125,7 +125,7 @@ def test_withholding_equals_shards_without_those_images(make_run: Callable, miss
     """A mixed sweep point is what the model says of a cohort that lacks those very images."""
     folder = make_run("medfuse", batches={"missing_cxr": missing})
     trained = inference.load(folder)
-    stream = inference.open_split(trained.config, "test")
+    stream = inference.open_split(trained, "test")
     without = inference.predict(trained, stream, withhold=True)
     whole = inference.predict(trained, stream)
     lost = whole.rows[stream.reader.has_cxr[whole.rows]][::2]
@@ -137,7 +137,7 @@ def test_withholding_equals_shards_without_those_images(make_run: Callable, miss
             rows[index]["cxr_labels"] = None
 
     literal = inference.load(make_run("medfuse", edit=drop, batches={"missing_cxr": missing}))
-    other = inference.open_split(literal.config, "test")
+    other = inference.open_split(literal, "test")
     # The same normaliser: the train split is untouched.
     expected = inference.predict(replace(trained, config=literal.config), other)
     np.testing.assert_array_equal(expected.rows, whole.rows)
@@ -188,5 +188,15 @@ def test_faults_are_named(make_run: Callable, tmp_path: Path) -> None:
     folder = make_run("lstm")
     (folder / "best" / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"train the run first"):
+        evaluate.run(folder)
+    assert not (folder / "eval").exists()
+
+
+def test_other_shards_than_those_of_training_are_refused(make_run: Callable) -> None:
+    folder = make_run("lstm")
+    meta = json.loads((folder / "best" / "meta.json").read_text())
+    meta["lineage"] = {"manifest": "0" * 64}
+    (folder / "best" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match=r"not the shards that .* was trained on"):
         evaluate.run(folder)
     assert not (folder / "eval").exists()

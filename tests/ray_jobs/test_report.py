@@ -233,3 +233,22 @@ def test_a_run_that_was_not_evaluated_is_named(make_run: Callable, tmp_path: Pat
     with pytest.raises(InputError, match="no run given"):
         report.write_report([], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "sets"),
+    [
+        ("resnet34", "radiology", {"partial"}),
+        ("medfuse", "mortality", {"partial", "paired", "ehr_only"}),
+    ],
+)
+def test_other_tasks(
+    make_run: Callable, tmp_path: Path, model: str, task: str, sets: set[str]
+) -> None:
+    folder = make_run(model, task=task, shards=tmp_path / "shards", rows=120)
+    found = evaluate.run(folder)
+    assert set(found["sets"]) == sets
+    assert "types" in found["sets"]["partial"]["metrics"]["auroc"]
+    html = report.write_report([folder], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert f"<dd>{task}</dd>" in html
+    assert ("When X-rays are missing" in html) == ("ehr_only" in sets)
