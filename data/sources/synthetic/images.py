@@ -81,6 +81,15 @@ def place_range(config: HospitalConfig) -> tuple[int, int]:
     return margin, config.image_grid - margin - (2 * config.patch_radius + 1)
 
 
+def _place_weights(config: HospitalConfig) -> np.ndarray:
+    """How many places of the other patch go with each place, at least 1: float64 [L, L]."""
+    low, high = place_range(config)
+    width, apart = high - low + 1, 2 * config.patch_radius + 1
+    line = np.arange(width)
+    near = (np.abs(line[:, None] - line[None, :]) < apart).sum(1)
+    return np.maximum(width**2 - near[:, None] * near[None, :], 1).astype(np.float64)
+
+
 def draw_images(
     latents: np.ndarray,
     config: HospitalConfig,
@@ -118,9 +127,10 @@ def draw_images(
 
 
 def _belief(rest: np.ndarray, patches: np.ndarray, config: HospitalConfig) -> np.ndarray:
-    """P(on | residual image), place and phase summed out with uniform priors: float64 [n]."""
+    """P(on | residual image), place and phase summed out: float64 [n]."""
     side = rest.shape[-1]
     low, high = place_range(config)
+    prior = np.log(_place_weights(config)).ravel()
     spectrum = fft.rfft2(rest.astype(np.float32))
     scores = []
     for state in range(2):
@@ -131,10 +141,9 @@ def _belief(rest: np.ndarray, patches: np.ndarray, config: HospitalConfig) -> np
             match = fft.irfft2(spectrum * np.conj(fft.rfft2(kernel)), s=(side, side))
             match = match[:, low : high + 1, low : high + 1]
             energy = 0.5 * (patch**2).sum()
-            logs.append(
-                ((match.astype(np.float64) - energy) / config.pixel_noise**2).reshape(len(rest), -1)
-            )
-        scores.append(logsumexp(np.concatenate(logs, axis=1), axis=1))
+            ratio = (match.astype(np.float64) - energy) / config.pixel_noise**2
+            logs.append(ratio.reshape(len(rest), -1) + prior)
+        scores.append(logsumexp(np.concatenate(logs, axis=1), axis=1) - np.log(len(logs)))
     return 1.0 / (1.0 + np.exp(np.clip(scores[0] - scores[1], -700, 700)))
 
 
