@@ -34,6 +34,7 @@ from data.stage import (
     is_staged,
     load_stage,
     load_tables,
+    named_full_disk,
     publish,
     work_folder,
     write_partitions,
@@ -120,7 +121,8 @@ def extract(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _finished(out, described)
     work = work_folder(out, sha256_json(described))
-    job = _prepare(opened, spec, config, work)
+    with named_full_disk(out):
+        job = _prepare(opened, spec, config, work)
     records = _run(job, partitions)
     manifest = Manifest(
         preset=preset,
@@ -267,7 +269,8 @@ def _extract_one(row: dict[str, Any], job: _Job) -> dict[str, Any]:
     """Extract one partition; a fault of the input is a value, since Ray would retry an error."""
     number = int(row["partition"])
     try:
-        extract_one(number, job)
+        with named_full_disk(job.work):
+            extract_one(number, job)
     except InputError as error:
         return {"partition": number, "fault": str(error)}
     return {"partition": number, "fault": ""}

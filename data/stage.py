@@ -7,11 +7,13 @@ them, so that both ways lead through one path.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -104,8 +106,9 @@ def stage(folder: Path, out: Path, *, partitions: int = 0) -> Stage:
     if out.exists() and any(out.iterdir()):
         return _finished(out, release, partitions)
     work = work_folder(out, key)
-    staged = ingest(release, work, partitions)
-    write_json(work / STAGE_FILE, staged.model_dump(mode="json"))
+    with named_full_disk(out):
+        staged = ingest(release, work, partitions)
+        write_json(work / STAGE_FILE, staged.model_dump(mode="json"))
     shutil.rmtree(work / "records")
     publish(work, out)
     return staged
@@ -166,6 +169,24 @@ def work_folder(out: Path, key: str) -> Path:
         if other != folder:
             logger.info("%s: unfinished work of other settings; remove it if not needed", other)
     return folder
+
+
+@contextmanager
+def named_full_disk(out: Path) -> Iterator[None]:
+    """Turn a full disk into a message for the user; what was finished is kept.
+
+    Raises:
+        InputError: Something could not be written for want of space.
+    """
+    try:
+        yield
+    except (OSError, pl.exceptions.PolarsError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise InputError(
+                f"{out}: the disk is full; free space there (`rayfuse data plan` says how much), "
+                "then the same command continues"
+            ) from None
+        raise
 
 
 def publish(work: Path, out: Path) -> None:

@@ -64,7 +64,7 @@ def iter_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
     Raises:
         InputError: A truncated or damaged gzip, a quote that is never closed.
     """
-    with _chunks(path, _READ_BYTES) as chunks:
+    with _chunks(path, min(_READ_BYTES, block_bytes)) as chunks:
         for block in _ahead(_cut(path, chunks, block_bytes)):
             if isinstance(block, BaseException):
                 raise block
@@ -125,27 +125,25 @@ def _unclosed(path: Path, lines: int) -> InputError:
 def _chunks(path: Path, read_bytes: int) -> Iterator[Iterator[bytes]]:
     with path.open("rb") as handle:
         raw = iter(lambda: handle.read(read_bytes), b"")
-        yield _inflate(path, raw) if path.suffix == ".gz" else raw
+        yield _inflate(path, raw, 4 * read_bytes) if path.suffix == ".gz" else raw
 
 
-def _inflate(path: Path, raw: Iterator[bytes]) -> Iterator[bytes]:
-    """Every member of a gzip file; its checksum and length are verified by zlib."""
-    member, opened, lines = zlib.decompressobj(31), False, 0
+def _inflate(path: Path, raw: Iterator[bytes], at_most: int) -> Iterator[bytes]:
+    """Every member of a gzip file, a bounded piece at a time; zlib verifies length and checksum."""
+    member, opened, empty = zlib.decompressobj(31), False, True
     try:
         for compressed in raw:
             data = compressed
             while data:
-                opened = True
-                inflated = member.decompress(data)
-                yield inflated
-                lines += 1
-                data = member.unused_data
+                opened, empty = True, False
+                yield member.decompress(data, at_most)
+                data = member.unconsumed_tail
                 if member.eof:
+                    data = member.unused_data.lstrip(b"\0")
                     member, opened = zlib.decompressobj(31), False
-                    data = b"" if not data.strip(b"\0") else data
     except zlib.error as error:
         raise InputError(f"{path}: damaged gzip ({error}); download the file again") from None
-    if opened or lines == 0:
+    if opened or empty:
         raise InputError(f"{path}: truncated gzip, its end is missing; download the file again")
 
 

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from data.sources.release import TableFile
 
 _BATCH_ROWS: Final = 1 << 20
-_TIME_FORMATS: Final = ("%Y-%m-%d %H:%M:%S", "%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M")
+_TIME_FORMATS: Final = (
+    "%Y-%m-%d %H:%M:%S",
+    "%Y-%m-%d",
+    "%Y-%m-%d %H:%M:%S%.f",
+    "%Y-%m-%dT%H:%M:%S%.f",
+    "%Y-%m-%d %H:%M",
+)
 _LENIENT: Final = ("valuenum",)
 """Numbers that hold text in real tables: null and counted, the text is in `value`."""
 

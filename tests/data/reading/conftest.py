@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
+import polars as pl
 import pytest
 
 if TYPE_CHECKING:
@@ -142,6 +143,17 @@ def as_csv(table: Table, *, upper: bool = False) -> bytes:
     return stream.getvalue().encode()
 
 
+def _typed(column: str) -> pl.Expr:
+    """As a Parquet file made by a careful hand has it."""
+    lower = column.lower()
+    if lower.endswith("time") or lower == "dod":
+        form = "%Y-%m-%d" if lower == "dod" else "%Y-%m-%d %H:%M:%S"
+        return pl.col(column).str.to_datetime(form, time_unit="ns")
+    if lower in ("itemid", "seq_num", "icd_version") or lower in ("subject_id", "hadm_id"):
+        return pl.col(column).cast(pl.Int32)
+    return pl.col(column).cast(pl.Float64) if lower in ("los", "valuenum") else pl.col(column)
+
+
 @pytest.fixture(scope="session")
 def make_hospital() -> Callable[..., Path]:
     """`make_hospital(folder, patients=12, seed=0, form="csv.gz", upper=False, edit=None)`.
@@ -158,8 +170,6 @@ def make_hospital() -> Callable[..., Path]:
         upper: bool = False,
         edit: Callable[[dict[str, Table]], object] | None = None,
     ) -> Path:
-        import polars as pl
-
         tables = _tables(patients, seed)
         if edit is not None:
             edit(tables)
@@ -173,7 +183,8 @@ def make_hospital() -> Callable[..., Path]:
             elif form == "csv":
                 path.write_bytes(content)
             else:
-                pl.read_csv(content, try_parse_dates=name != "patients").write_parquet(path)
+                text = pl.read_csv(content, infer_schema=False)
+                text.select(_typed(column) for column in text.columns).write_parquet(path)
         return folder
 
     return make
