@@ -84,7 +84,7 @@ def test_row_ids_of_an_epoch_are_the_same_for_any_world_size(shards, config, wor
     assert seen == ranks[0].reader.rows_of("train").tolist()
 
 
-@pytest.mark.parametrize(("world", "processes"), [(1, 1), (1, 3), (3, 0), (2, 2)])
+@pytest.mark.parametrize(("world", "processes"), [(1, 2), (3, 0), (2, 1)])
 def test_augmented_and_withheld_rows_depend_on_no_worker(shards, config, world, processes):
     alone = _stream(shards, config, withhold_cxr=0.3)
     ranks = [
@@ -103,7 +103,7 @@ def test_augmented_and_withheld_rows_depend_on_no_worker(shards, config, world, 
 
 def test_a_seek_gives_what_skipping_gives(shards, config):
     skipped = list(_stream(shards, config).epoch(4))[2:]
-    for processes in (0, 2):
+    for processes in (0, 1):
         stream = _stream(shards, config, processes=processes)
         sought = list(stream.epoch(4, start_step=2))
         stream.close()
