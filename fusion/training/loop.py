@@ -197,7 +197,7 @@ def train_step(session: Session, share: Batch | None, counts: Tensor) -> None:
             norm = strategy.clip(number, settings.optim.clip_norm)
             _require_finite(session, parts, torch.stack(losses), norm)
             strategy.step(number)
-            session.meter.add("loss", torch.stack(losses).sum(), torch.ones(()))
+            session.meter.add("loss", torch.stack(losses).sum(), torch.ones_like(norm))
 
 
 def evaluate_model(session: Session, stream: BatchStream) -> Predictions:
