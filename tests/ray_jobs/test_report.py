@@ -245,7 +245,7 @@ def test_a_run_that_was_not_evaluated_is_named(make_run: Callable, tmp_path: Pat
 def test_other_tasks(
     make_run: Callable, tmp_path: Path, model: str, task: str, sets: set[str]
 ) -> None:
-    folder = make_run(model, task=task, shards=tmp_path / "shards", rows=120)
+    folder = make_run(model, task=task, shards=tmp_path / "shards", rows=400)
     found = evaluate.run(folder)
     assert set(found["sets"]) == sets
     assert "types" in found["sets"]["partial"]["metrics"]["auroc"]
