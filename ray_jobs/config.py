@@ -85,7 +85,19 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _coherent(self) -> RunConfig:
-        task_spec(self.task)
+        spec = task_spec(self.task)
+        kind = registry.get(self.model.name)  # type: ignore[attr-defined]
+        if not set(kind.modalities) & set(spec.modalities):
+            raise ValueError(
+                f"model.name={kind.name} reads {', '.join(kind.modalities)}, but task={self.task} "
+                f"holds {', '.join(spec.modalities)}: choose another model or task"
+            )
+        missing = [prefix for prefix in kind.pretrained if prefix not in self.init_from]
+        if missing and "" not in self.init_from:
+            raise ValueError(
+                f"init_from: model.name={kind.name} keeps {', '.join(missing)} frozen, so it needs "
+                f"trained weights, e.g. init_from.{missing[0]}=runs/lstm"
+            )
         if self.train.min_epochs > self.train.epochs:
             raise ValueError(
                 f"train.min_epochs ({self.train.min_epochs}) is larger than "

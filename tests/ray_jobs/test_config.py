@@ -85,6 +85,8 @@ def test_everything_wrong_is_reported_at_once_with_its_path(write) -> None:
         ({"model": {"name": "medfus"}}, "did you mean 'medfuse'"),
         ({"model": {"name": "medfuse", "dropuot": 0.1}}, "dropuot"),
         ({"task": "mortalty"}, "unknown task"),
+        ({"task": "radiology", "model": {"name": "lstm"}}, "lstm reads ehr, but task=radiology"),
+        ({"model": {"name": "early_fusion"}}, r"init_from\.ehr_encoder=runs/lstm"),
         ({"preset": "published"}, "choose corrected, code or paper"),
         ({"name": "../escape"}, "name"),
         ({"train": {"epochs": 2, "min_epochs": 5}}, "train.min_epochs"),
