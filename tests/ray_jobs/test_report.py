@@ -108,7 +108,7 @@ def test_every_section_is_there_with_its_figures(single: str) -> None:
     titles = [attributes["aria-label"] for attributes in drawn]
     assert {"Losses", "Validation auroc", "Calibration, all labels"} <= set(titles)
     assert "Shared and distinct representations (t-SNE)" in titles
-    assert "Real data: mimic-iv-2.2" in page.words
+    assert "Data: mimic-iv-2.2, from source tables without the mark" in page.words
     assert "wall time, validation included 0 min 29 s" in page.words
     assert "Septicemia" in page.words
 
@@ -215,7 +215,7 @@ def test_synthetic_and_mixed_are_said_in_a_banner(make_run: Callable, tmp_path: 
     evaluate.run(folder)
     html = report.write_report([folder], tmp_path / "r.html").read_text(encoding="utf-8")
     assert "SYNTHETIC DATA" in html
-    assert "Real data" not in html
+    assert "without the mark" not in html
     assert "shards of preset code under a run of preset corrected" in html
 
 
