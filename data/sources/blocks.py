@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 8 << 20
 _READ_BYTES = 2 << 20
 _RECORD_LIMIT = 64 << 20
 
