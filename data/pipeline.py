@@ -108,7 +108,8 @@ def extract(
         InputError: A fault of the sources or of `out`, or a cohort that a rule left empty.
     """
     spec = task_spec(task)
-    opened = _open(sources, spec)
+    out = out.absolute()
+    opened = _open(_absolute(sources), spec)
     partitions = _partitions(opened, config)
     config = config.model_copy(update={"partitions": partitions})
     described = {
@@ -138,6 +139,12 @@ def extract(
         shutil.rmtree(work / scratch, ignore_errors=True)
     publish(work, out)
     return manifest
+
+
+def _absolute(sources: Sources) -> Sources:
+    """Workers may run in another folder."""
+    folders = {name: path and path.absolute() for name, path in sources}
+    return sources.model_copy(update=folders)
 
 
 def _finished(out: Path, described: dict[str, Any]) -> Manifest:

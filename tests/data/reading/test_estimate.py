@@ -25,9 +25,9 @@ def _sparse(path: Path, size: int) -> Path:
 def test_partitions_grow_with_the_inflated_size(tmp_path: Path) -> None:
     small = {"chartevents": _sparse(tmp_path / "a.csv.gz", 2 << 20)}
     large = {"chartevents": _sparse(tmp_path / "b.csv.gz", 3 << 30)}
-    plain = {"chartevents": _sparse(tmp_path / "c.csv", 21 << 30)}
+    plain = {"chartevents": _sparse(tmp_path / "c.csv", 30 << 30)}
     assert choose_partitions(small) == 1
-    assert choose_partitions(large) == choose_partitions(plain) > 20
+    assert choose_partitions(large) == choose_partitions(plain) > 40
     assert choose_partitions(small, images=377_000) == 76
 
 
