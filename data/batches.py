@@ -11,7 +11,7 @@ from data.config import Config
 
 
 class ImageTransform(Config):
-    """METHODS §0.9: resize the short side, augment in training, crop, ImageNet mean and std."""
+    """Resize the short side, augment in training, crop, ImageNet mean and std."""
 
     resize: int = Field(default=256, ge=8)
     size: int = Field(default=224, ge=8)
@@ -38,8 +38,6 @@ class BatchConfig(Config):
     """Share of the unpaired training rows that is used (MedFuse OPTIMAL: 0.2, 0.1)."""
     withhold_cxr: float = Field(default=0.0, ge=0, le=1)
     """Share of each training batch's rows whose image is withheld (DrFuse, matched: 0.3)."""
-    missing_cxr: Literal["absent", "zeros"] = "absent"
-    """A missing image is absent, or (published) a zero image that is encoded."""
     unpaired_evaluation: Literal["each_once", "with_replacement"] = "each_once"
     """Unpaired rows of the PARTIAL test set, as they are or drawn as the released code does."""
     max_steps: int | None = Field(default=None, ge=1)

@@ -97,35 +97,24 @@ def pad(features: NDArray[np.float32], series: Series) -> NDArray[np.float32]:
     return padded
 
 
-def to_batch(packed: PackedBatch, reader: ShardReader, config: BatchConfig) -> Batch:
-    """The batch a model gets.
-
-    With `missing_cxr: zeros` every row has an image, a zero tensor where it is missing, while
-    `present` still tells the truth (the MedFuse authors' released loader).
-    """
+def to_batch(packed: PackedBatch, reader: ShardReader) -> Batch:
+    """The batch a model gets."""
     import torch
 
     rows = packed.rows
     present = np.zeros(len(rows), bool)
     present[packed.cxr_index] = True
-    images = images_of(torch.from_numpy(packed.grey))
-    index = torch.from_numpy(packed.cxr_index)
-    cxr_targets = torch.from_numpy(reader.cxr_labels[rows[packed.cxr_index]])
-    if config.missing_cxr == "zeros":
-        images = _scatter(images, index, len(rows))
-        cxr_targets = _scatter(cxr_targets, index, len(rows))
-        index = torch.arange(len(rows))
     return Batch(
         ehr=torch.from_numpy(packed.ehr),
         lengths=torch.from_numpy(packed.lengths),
-        cxr=images,
-        cxr_index=index,
+        cxr=images_of(torch.from_numpy(packed.grey)),
+        cxr_index=torch.from_numpy(packed.cxr_index),
         present={
             "ehr": torch.from_numpy(reader.has_ehr[rows]),
             "cxr": torch.from_numpy(present),
         },
         targets=torch.from_numpy(reader.labels[rows]),
-        cxr_targets=cxr_targets,
+        cxr_targets=torch.from_numpy(reader.cxr_labels[rows[packed.cxr_index]]),
         rows=rows,
     )
 
@@ -141,9 +130,3 @@ def images_of(grey: torch.Tensor) -> torch.Tensor:
         torch.mul(scaled, 1 / (255 * std), out=images[:, channel])
         images[:, channel] -= mean / std
     return images
-
-
-def _scatter(values: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
-    whole = values.new_zeros((count, *values.shape[1:]))
-    whole[index] = values
-    return whole

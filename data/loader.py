@@ -79,7 +79,7 @@ class BatchLoader:
         return Share(rows[part], epoch, mask[part])
 
     def _finish(self, packed: PackedBatch) -> Batch:
-        return to_batch(packed, self.reader, self.config)
+        return to_batch(packed, self.reader)
 
     def close(self) -> None:
         """End the decoding processes; a later epoch starts them again."""

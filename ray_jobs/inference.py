@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,8 +125,7 @@ def predict(
 
     batches: Iterator[Batch | None] = stream.epoch(0)
     if withhold:
-        zeros = trained.config.data.batches.missing_cxr == "zeros"
-        batches = (batch and without_images(batch, zeros=zeros) for batch in batches)
+        batches = (batch and without_images(batch) for batch in batches)
     return run_model(
         trained.model,
         batches,
@@ -136,24 +135,11 @@ def predict(
     ).sorted()
 
 
-def without_images(batch: Batch, *, zeros: bool) -> Batch:
-    """The batch as the loader gives it where no row has an image.
-
-    Args:
-        batch: Rows with and without images.
-        zeros: The loader gives a missing image as a zero tensor (`missing_cxr: zeros`).
-    """
+def without_images(batch: Batch) -> Batch:
+    """The batch as the loader gives it where no row has an image."""
     import torch
 
-    everything = torch.ones(len(batch), dtype=torch.bool)
-    if not zeros:
-        return batch.without("cxr", everything)
-    return replace(
-        batch,
-        present={**batch.present, "cxr": ~everything},
-        cxr=torch.zeros_like(batch.cxr),
-        cxr_targets=torch.zeros_like(batch.cxr_targets),
-    )
+    return batch.without("cxr", torch.ones(len(batch), dtype=torch.bool))
 
 
 def withholding_order(rows: NDArray[np.int64], seed: int) -> NDArray[np.float64]:

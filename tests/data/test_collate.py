@@ -32,7 +32,7 @@ def _batch(reader, rows, withheld=None, **changes):
     rows = np.asarray(rows)
     mask = np.zeros(len(rows), bool) if withheld is None else np.asarray(withheld)
     packer = Packer(reader, config, PUBLISHED, train=False, seed=0)
-    return to_batch(packer.pack(rows, 0, mask), reader, config)
+    return to_batch(packer.pack(rows, 0, mask), reader)
 
 
 def _literal(reader, row):
@@ -119,19 +119,6 @@ def test_withheld_images_are_neither_decoded_nor_present(reader, monkeypatch):
     assert torch.equal(batch.cxr, expected.cxr)
     assert torch.equal(batch.cxr_index, expected.cxr_index)
     assert torch.equal(batch.present["cxr"], expected.present["cxr"])
-
-
-def test_zeros_for_missing_images_leave_the_mask_true(reader):
-    rows = np.arange(12)
-    absent, zeros = _batch(reader, rows), _batch(reader, rows, missing_cxr="zeros")
-    assert zeros.cxr.shape == (12, 3, 56, 56)
-    assert zeros.cxr_index.tolist() == list(range(12))
-    assert torch.equal(zeros.present["cxr"], absent.present["cxr"])
-    assert torch.equal(zeros.cxr[absent.cxr_index], absent.cxr)
-    missing = ~absent.present["cxr"]
-    assert missing.any()
-    assert (zeros.cxr[missing] == 0).all()
-    assert (zeros.cxr_targets[missing] == 0).all()
 
 
 def test_series_are_cut_to_their_first_bins(reader):

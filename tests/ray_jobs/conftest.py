@@ -41,7 +41,10 @@ def _history(folder: Path, epochs: int) -> None:
 def make_run(
     make_shards: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """`make_run(model, seed, name, shards, rows, edit, **config)`: a finished run's folder."""
+    """`make_run(model, seed, name, shards, rows, edit, **config)`: a finished run's folder.
+
+    `options` is merged into the model's block, `batches` into data.batches.
+    """
     root = tmp_path_factory.mktemp("runs")
     default = root / "shards"
     numbered = iter(range(1000))
@@ -67,7 +70,7 @@ def make_run(
                 "name": name or f"{model}-{next(numbered)}",
                 "runs_dir": root,
                 "task": task,
-                "model": chosen.tiny().model_dump(mode="json"),
+                "model": chosen.tiny().model_dump(mode="json") | dict(config.pop("options", {})),
                 "data": {
                     "shards": shards,
                     "batches": {

@@ -120,10 +120,10 @@ def test_the_sweep_runs_from_the_paired_set_to_ehr_only(drfuse: Path) -> None:
     assert points[0]["metrics"] != points[-1]["metrics"]
 
 
-@pytest.mark.parametrize("missing", ["absent", "zeros"])
+@pytest.mark.parametrize("missing", ["not_encoded", "zero_image"])
 def test_withholding_equals_shards_without_those_images(make_run: Callable, missing: str) -> None:
     """A mixed sweep point is what the model says of a cohort that lacks those very images."""
-    folder = make_run("medfuse", batches={"missing_cxr": missing})
+    folder = make_run("medfuse", options={"missing_image": missing})
     trained = inference.load(folder)
     stream = inference.open_split(trained, "test")
     without = inference.predict(trained, stream, withhold=True)
@@ -136,7 +136,7 @@ def test_withholding_equals_shards_without_those_images(make_run: Callable, miss
             rows[index]["cxr"] = None
             rows[index]["cxr_labels"] = None
 
-    literal = inference.load(make_run("medfuse", edit=drop, batches={"missing_cxr": missing}))
+    literal = inference.load(make_run("medfuse", edit=drop, options={"missing_image": missing}))
     other = inference.open_split(literal, "test")
     # The same normaliser: the train split is untouched.
     expected = inference.predict(replace(trained, config=literal.config), other)
