@@ -7,6 +7,7 @@ which bounds what is decoded ahead. A process that dies is started again with th
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import signal
@@ -221,9 +222,11 @@ class _Process:
         )
         theirs.close()
         self._pipe = Connection(ours.detach())
-        self._pipe.send(self._recipe)
-        for item in self._pending:
-            self._pipe.send(item)
+        # A process that died at once is noticed, and counted, where its answer is awaited.
+        with contextlib.suppress(OSError):
+            self._pipe.send(self._recipe)
+            for item in self._pending:
+                self._pipe.send(item)
 
     def _revive(self) -> None:
         self._restarts += 1
