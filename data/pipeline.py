@@ -24,6 +24,7 @@ from data.images import ImageCache, prepare_images
 from data.manifest import Manifest
 from data.schema import SCHEMA_VERSION
 from data.shards import PartitionRecord, assemble, finish_samples, write_shard
+from data.sources.marker import SUFFIX
 from data.sources.mimic_cxr import find_tables, read_mimic_cxr
 from data.sources.release import open_release, open_table
 from data.stage import (
@@ -72,9 +73,13 @@ class _Opened:
 
     @property
     def release(self) -> str:
-        if self.ehr is not None:
-            return self.ehr.name if not isinstance(self.ehr, Stage) else self.ehr.release
-        return self.cxr.release if self.cxr is not None else ""
+        """Of the tables; of the images too where they alone are invented, so that it is seen."""
+        images = self.cxr.release if self.cxr is not None else ""
+        if self.ehr is None:
+            return images
+        tables = self.ehr.release if isinstance(self.ehr, Stage) else self.ehr.name
+        alone = images.endswith(SUFFIX) and not tables.endswith(SUFFIX)
+        return f"{tables}+{images}" if alone else tables
 
 
 @dataclass(frozen=True)

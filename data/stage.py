@@ -116,7 +116,8 @@ def stage(folder: Path, out: Path, *, partitions: int = 0) -> Stage:
 
 def _finished(out: Path, release: Release, partitions: int) -> Stage:
     staged = load_stage(out)
-    if (staged.fingerprint, staged.partitions) != (release.fingerprint, partitions):
+    there = (staged.release, staged.fingerprint, staged.partitions)
+    if there != (release.name, release.fingerprint, partitions):
         raise InputError(
             f"{out}: holds {staged.release} staged from other files or in {staged.partitions} "
             "partitions; choose another --out or remove that folder"

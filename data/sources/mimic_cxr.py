@@ -17,6 +17,7 @@ import polars as pl
 from data.errors import InputError
 from data.flow import Quarantined
 from data.sources.canonical import TABLES
+from data.sources.marker import named
 from data.tasks import CHEXPERT_LABELS
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class CxrSource:
 
     Attributes:
         table: The canonical `cxr` table, one row an image, sorted by (subject_id, dicom_id).
-        release: E.g. mimic-cxr-jpg-2.0.0.
+        release: E.g. mimic-cxr-jpg-2.0.0; it ends in `-synthetic` where no patient is real.
         layout: Where images lie; a key of the layouts above, or `none` if none was looked for.
         quarantine: Images set aside because their study has no date or time.
     """
@@ -96,7 +97,7 @@ def find_tables(folder: Path) -> tuple[str, dict[str, Path]]:
                 f"{folder}: {release}: no table mimic-cxr-2.0.0-{kind}.csv[.gz] or .parquet "
                 f"(found: {', '.join(names) or 'no table of MIMIC-CXR-JPG'}); put it there"
             )
-    return release, {kind: max(found[kind])[2] for kind in KINDS}
+    return named(release, folder), {kind: max(found[kind])[2] for kind in KINDS}
 
 
 def read_mimic_cxr(folder: Path, *, images: bool = True) -> CxrSource:

@@ -14,6 +14,7 @@ from data.errors import InputError
 from data.files import sha256_json
 from data.sources import mimic3, mimic4
 from data.sources.blocks import read_header
+from data.sources.marker import named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +71,8 @@ class Release:
     """A MIMIC folder with raw tables.
 
     Attributes:
-        name: E.g. mimic-iv-2.2; mimic-iv-3.x where only the tables tell the version.
+        name: E.g. mimic-iv-2.2; mimic-iv-3.x where only the tables tell the version; it ends in
+            `-synthetic` where no patient is real.
         folder: The folder that was opened.
         tables: The files of its tables by lower-case name, also those that nothing reads.
     """
@@ -109,7 +111,7 @@ def open_release(folder: Path) -> Release:
     if missing:
         raise InputError(_missing_table(folder, family, missing, sorted(paths)))
     tables = {name: open_table(name, paths[name]) for name in sorted(wanted)}
-    name = f"{family}-{_version(folder, family, tables)}"
+    name = named(f"{family}-{_version(folder, family, tables)}", folder)
     for spec in specs:
         _require_columns(name, tables[spec.table], spec)
     return Release(name, folder, tables)
@@ -210,11 +212,11 @@ def _version(folder: Path, family: str, tables: dict[str, TableFile]) -> str:
     for text in sorted(folder.iterdir()):
         if text.is_file() and text.name.lower().startswith(_TEXTS):
             start = text.read_bytes()[:65536].decode("utf-8", errors="replace")
-            if named := _NAMED_VERSION[family].search(start):
-                return named[1]
+            if found := _NAMED_VERSION[family].search(start):
+                return found[1]
     resolved = folder.resolve()
-    if named := _NAMED_VERSION[family].search(resolved.name):
-        return named[1]
+    if found := _NAMED_VERSION[family].search(resolved.name):
+        return found[1]
     if _FOLDER_VERSION.fullmatch(resolved.name) and "mimic" in resolved.parent.name.lower():
         return resolved.name
     if family == "mimic-iii":

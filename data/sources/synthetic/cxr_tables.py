@@ -102,6 +102,30 @@ def write_cxr(  # noqa: PLR0913 - one call a block
         name = f"files/p{str(subject[k])[:2]}/p{subject[k]}/s{study[k]}/{dicom[k]}.jpg"
         with atomic_path(root / name) as path:
             path.write_bytes(to_jpeg(grid[k], size))
+    _write_metadata(tables, plan, subject, study, (size, quirks))
+    found = planting.findings(plan.latents, config, rng)
+    _write_labels(tables, found, (subject, study), rng, quirks=quirks)
+    part = np.where(subject % 20 == 0, "test", np.where(subject % 20 == 1, "validate", "train"))
+    tables.append(
+        f"{PREFIX}split.csv.gz",
+        pl.DataFrame(
+            {
+                "dicom_id": pl.Series(dicom, dtype=pl.String),
+                "study_id": study,
+                "subject_id": subject,
+                "split": part,
+            }
+        ),
+    )
+    return belief
+
+
+def _write_metadata(
+    tables: Tables, plan: Plan, subject: np.ndarray, study: np.ndarray, shown: tuple[int, bool]
+) -> None:
+    """One row an image; `shown` is the images' side and whether some views are blank."""
+    size, quirks = shown
+    n = len(plan.stay)
     when = (np.datetime64(0, "s") + plan.time).astype("datetime64[s]")
     text = [str(t) for t in when]
     date = [int(t[:10].replace("-", "")) for t in text]
@@ -111,7 +135,7 @@ def write_cxr(  # noqa: PLR0913 - one call a block
         f"{PREFIX}metadata.csv.gz",
         pl.DataFrame(
             {
-                "dicom_id": pl.Series(dicom, dtype=pl.String),
+                "dicom_id": pl.Series(plan.dicom_ids(), dtype=pl.String),
                 "subject_id": subject,
                 "study_id": study,
                 "PerformedProcedureStepDescription": ["CHEST (PORTABLE AP)"] * n,
@@ -129,26 +153,24 @@ def write_cxr(  # noqa: PLR0913 - one call a block
             schema_overrides={"ViewPosition": pl.String, "ViewCodeSequence_CodeMeaning": pl.String},
         ),
     )
-    found = planting.findings(plan.latents, config, rng)
+
+
+def _write_labels(
+    tables: Tables,
+    found: np.ndarray,
+    ids: tuple[np.ndarray, np.ndarray],
+    rng: np.random.Generator,
+    *,
+    quirks: bool,
+) -> None:
+    """The 14 labels of each study: 1, 0, -1 or blank; a few studies have no row."""
+    subject, study = ids
     shown = np.where(found == 1, 1.0, rng.choice([np.nan, 0.0], found.shape, p=[0.8, 0.2]))
     shown = np.where((found == 0) & (rng.random(found.shape) < 0.03), -1.0, shown)
     columns = {
         name: pl.Series(shown[:, k], dtype=pl.Float64).fill_nan(None)
         for k, name in enumerate(CHEXPERT_LABELS)
     }
-    labelled = pl.Series(~((rng.random(n) < 0.01) & quirks), dtype=pl.Boolean)
+    labelled = pl.Series(~((rng.random(len(study)) < 0.01) & quirks), dtype=pl.Boolean)
     frame = pl.DataFrame({"subject_id": subject, "study_id": study, **columns})
     tables.append(f"{PREFIX}chexpert.csv.gz", frame.filter(labelled))
-    part = np.where(subject % 20 == 0, "test", np.where(subject % 20 == 1, "validate", "train"))
-    tables.append(
-        f"{PREFIX}split.csv.gz",
-        pl.DataFrame(
-            {
-                "dicom_id": pl.Series(dicom, dtype=pl.String),
-                "study_id": study,
-                "subject_id": subject,
-                "split": part,
-            }
-        ),
-    )
-    return belief

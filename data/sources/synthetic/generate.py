@@ -11,6 +11,7 @@ import numpy as np
 
 from data.errors import InputError
 from data.files import write_json
+from data.sources.marker import mark
 from data.sources.synthetic import charting, codes, labs, layout_iii, layout_iv, notes, truth
 from data.sources.synthetic.config import HospitalConfig, Release
 from data.sources.synthetic.cxr_tables import Plan, write_cxr
@@ -93,6 +94,9 @@ def generate(  # noqa: PLR0913 - each is a choice of the command line
     ehr_root = out / ("mimiciii" if three else "mimiciv") / version
     cxr_root = out / "mimic-cxr-jpg" / "2.0.0" if cxr else None
     note_root = (ehr_root if three else out / "mimic-iv-note" / "2.2") if notes else None
+    for folder in (ehr_root, cxr_root, note_root):
+        if folder is not None:
+            mark(folder)
     hospital = _Hospital(settings, seed, release, chart_events_per_stay, image_size, quirks)
     with ExitStack() as stack:
         ehr = stack.enter_context(Tables(ehr_root))

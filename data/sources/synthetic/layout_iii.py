@@ -47,7 +47,14 @@ def write_people(
 ) -> None:
     """PATIENTS, ADMISSIONS, ICUSTAYS of one block; a patient over 89 was born 300 years before."""
     death = death_columns(block, rng, quirks=quirks)
-    day = death_days(block, death["dated"].to_numpy())
+    _write_patients(tables, block, death_days(block, death["dated"].to_numpy()))
+    _write_admissions(tables, block, death, rng)
+    moved = block.transferred | ((rng.random(len(block.stay)) < 0.02) & quirks)
+    _write_stays(tables, block, carevue, moved)
+
+
+def _write_patients(tables: Tables, block: Block, day: np.ndarray) -> None:
+    """PATIENTS; `day` is that of the known death since 1970, 0 for none."""
     age = np.where(block.birth_age > 89, 300, block.birth_age)
     birth = first_admit(block) // DAY - (age * 365.2425).astype(np.int64) - 30
     dod = times(day * DAY)
@@ -69,6 +76,11 @@ def write_people(
             pl.when(known).then(name).alias(name) for name in ("dod", "dod_hosp", "dod_ssn")
         ),
     )
+
+
+def _write_admissions(
+    tables: Tables, block: Block, death: pl.DataFrame, rng: np.random.Generator
+) -> None:
     n = len(block.hadm)
     some = rng.integers(0, 1 << 30, n)
     _numbered(
@@ -97,9 +109,12 @@ def write_people(
             }
         ),
     )
+
+
+def _write_stays(tables: Tables, block: Block, carevue: np.ndarray, moved: np.ndarray) -> None:
+    """ICUSTAYS; `moved` stays end in another ward."""
     second = block.careunit + block.transferred
     ward = 10 + block.careunit
-    moved = block.transferred | ((rng.random(len(block.stay)) < 0.02) & quirks)
     _numbered(
         tables,
         "ICUSTAYS.csv.gz",

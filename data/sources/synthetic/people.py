@@ -94,6 +94,32 @@ def onset_limit(hours: np.ndarray, config: HospitalConfig) -> np.ndarray:
     return end - 2 * config.motif_phase_hours
 
 
+def _admission_times(
+    patient: np.ndarray, length: np.ndarray, patients: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Begin and end of each admission of `length` hours, in seconds since 1970, one by one."""
+    n = len(patient)
+    start = _EPOCH_2110 + rng.integers(0, 90 * 365, patients) * DAY
+    between = rng.uniform(25.0, 400.0, n) * DAY
+    first = np.r_[True, patient[1:] != patient[:-1]]
+    run = np.cumsum(length * HOUR + between)
+    run = run - length * HOUR
+    origin = np.repeat(run[first], np.diff(np.r_[np.flatnonzero(first), n]))
+    admit = (start[patient] + run - origin).astype(np.int64)
+    admit += (rng.random(n) * DAY).astype(np.int64) // 60 * 60
+    discharge = admit + (length * HOUR).astype(np.int64) // 60 * 60
+    return admit, discharge
+
+
+def _ages(patients: int, config: HospitalConfig, rng: np.random.Generator) -> np.ndarray:
+    """Whole years at the first admission: adults, a few minors, a few over 89."""
+    age = np.clip(rng.normal(64, 16, patients), 18, 89).astype(np.int64)
+    draw = rng.random(patients)
+    age = np.where(draw < config.minor_rate, rng.integers(1, 18, patients), age)
+    old = draw > 1 - config.old_rate
+    return np.where(old, rng.integers(90, 97, patients), age)
+
+
 def draw_block(block: int, seed: int, config: HospitalConfig, rng: np.random.Generator) -> Block:
     """The people of block number `block` of the hospital with that seed."""
     patients = config.patients_per_block
@@ -112,15 +138,8 @@ def draw_block(block: int, seed: int, config: HospitalConfig, rng: np.random.Gen
     second = np.where(doubled, rng.uniform(20.0, 60.0, n), 0.0)
     gap = np.where(doubled, rng.uniform(3.0, 40.0, n), 0.0)
     length = before + hours + gap + second + after
-    start = _EPOCH_2110 + rng.integers(0, 90 * 365, patients) * DAY
-    between = rng.uniform(25.0, 400.0, n) * DAY
+    admit, discharge = _admission_times(patient, length, patients, rng)
     first = np.r_[True, patient[1:] != patient[:-1]]
-    run = np.cumsum(length * HOUR + between)
-    run = run - length * HOUR
-    origin = np.repeat(run[first], np.diff(np.r_[np.flatnonzero(first), n]))
-    admit = (start[patient] + run - origin).astype(np.int64)
-    admit += (rng.random(n) * DAY).astype(np.int64) // 60 * 60
-    discharge = admit + (length * HOUR).astype(np.int64) // 60 * 60
     rank = np.arange(n) - np.repeat(np.flatnonzero(first), np.diff(np.r_[np.flatnonzero(first), n]))
     key = index[patient] * 4 + rank
 
@@ -134,11 +153,7 @@ def draw_block(block: int, seed: int, config: HospitalConfig, rng: np.random.Gen
     intime = admit[a] + (offset * HOUR).astype(np.int64)
     outtime = np.minimum(intime + (span * HOUR).astype(np.int64), discharge[a])
     s = len(a)
-    age = np.clip(rng.normal(64, 16, patients), 18, 89).astype(np.int64)
-    draw = rng.random(patients)
-    age = np.where(draw < config.minor_rate, rng.integers(1, 18, patients), age)
-    old = draw > 1 - config.old_rate
-    age = np.where(old, rng.integers(90, 97, patients), age)
+    age = _ages(patients, config, rng)
     later = np.where(rng.random(patients) < 0.15, rng.integers(2, 400, patients) * DAY, 0)
     return Block(
         subject=scatter_ids(index, 10_000_000, seed),

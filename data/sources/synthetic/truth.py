@@ -13,7 +13,7 @@ from data.sources.synthetic.planting import LATENTS, PLANTED, bayes, oracle
 from data.sources.synthetic.writer import times
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
     from types import TracebackType
@@ -95,7 +95,9 @@ def auroc(truth: np.ndarray, score: np.ndarray) -> float:
     return float(above / (positive * (total - positive)))
 
 
-def truth_scores(out: Path, config: HospitalConfig | None = None) -> pl.DataFrame:
+def truth_scores(
+    out: Path, config: HospitalConfig | None = None, *, stays: Collection[int] | None = None
+) -> pl.DataFrame:
     """Oracle and Bayes AUROC of every planted label on the paired stays and on all stays.
 
     Columns: label, kind, stays, positives, oracle, ehr, cxr, ehr+cxr, late (the mean of the two
@@ -103,9 +105,16 @@ def truth_scores(out: Path, config: HospitalConfig | None = None) -> pl.DataFram
 
     The Bayes scores are those of the clean features: the charted hours before rounding and quirks,
     the image before quantisation and JPEG.
+
+    Args:
+        out: The folder that `generate` wrote.
+        config: Its parameters; default those it was written with.
+        stays: Only stays with these ids, e.g. those of a test split.
     """
     settings = config or read_config(out)
     frame = pl.read_parquet(out / "truth" / TRUTH_FILE)
+    if stays is not None:
+        frame = frame.filter(pl.col("stay_id").is_in(list(stays)))
     belief = frame.select(f"belief_{name}" for name in LATENTS).to_numpy()
     best = {name: bayes(_restrict(belief, used), settings) for name, used in MODALITY_SETS.items()}
     paired = frame["paired"].to_numpy()
