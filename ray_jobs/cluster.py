@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+START_ATTEMPTS = 3
+
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -79,12 +81,48 @@ def _remote(address: str) -> Iterator[None]:
 def _local(num_cpus: int | None) -> Iterator[None]:
     import ray
 
-    # Unix socket paths are limited to 107 bytes, so the folder's name is short.
-    scratch = Path(tempfile.mkdtemp(prefix="rf-"))
+    saved = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+    scratch: Path | None = None
+    try:
+        scratch = _start(num_cpus)
+        yield
+    finally:
+        ray.shutdown()
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _start(num_cpus: int | None) -> Path:
+    """Start the instance and return its scratch folder; a busy machine gets further tries.
+
+    Ray gives its node 30 s to come up, which a machine at full load can exceed.
+    """
+    for left in reversed(range(START_ATTEMPTS)):
+        # Unix socket paths are limited to 107 bytes, so the folder's name is short.
+        scratch = Path(tempfile.mkdtemp(prefix="rf-"))
+        try:
+            _init(num_cpus, scratch)
+        except Exception as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if not left or "timed out during startup" not in str(error):
+                raise
+            logger.info("Ray did not come up in time; trying again")
+        else:
+            return scratch
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _init(num_cpus: int | None, scratch: Path) -> None:
+    import ray
+
     token = scratch / "auth_token"
     token.touch(mode=0o600)
     token.write_text(_token(), encoding="utf-8")
-    saved = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
     # Unset, Ray turns token mode on itself, also where it was imported before this point.
     os.environ.pop("RAY_AUTH_MODE", None)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
@@ -96,18 +134,13 @@ def _local(num_cpus: int | None) -> Iterator[None]:
             dashboard_host="127.0.0.1",
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _temp_dir=str(scratch),
+            # Ray opens the folder that it is given to everyone; the one around it stays ours alone.
+            _temp_dir=str(scratch / "r"),
             object_store_memory=_object_store_bytes(),
         )
-        yield
-    finally:
+    except Exception:
         ray.shutdown()
-        for name, value in saved.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 @functools.cache
