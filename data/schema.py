@@ -27,7 +27,7 @@ class Channel:
     """One of the 17 variables: its levels if categorical, and the value imputed before the first.
 
     `normal` is a level's text for a categorical channel, a number's text otherwise
-    (METHODS: the benchmark's discretiser).
+    (the discretiser of the MIMIC-III benchmark).
     """
 
     name: str

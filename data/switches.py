@@ -1,4 +1,4 @@
-"""How a cohort is extracted: the sources, and one switch for each published choice (METHODS §7).
+"""How a cohort is extracted: the sources, and one switch for each published choice.
 
 Defaults are the `corrected` preset; `ray_jobs/presets/` holds the others.
 """
