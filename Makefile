@@ -43,6 +43,8 @@ bench: $(STAMP)  ## benchmarks, JSON into benchmarks/results/
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 shots: $(STAMP)  ## the report in a real headless Chromium, desktop and phone width, into shots/
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { echo "no Chromium here: install it first, e.g. apt-get install chromium"; exit 1; }
 	$(BIN)/pytest -m browser
 
 format: $(STAMP)  ## mend what ruff can
