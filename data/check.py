@@ -12,7 +12,7 @@ from data.files import sha256_file, sha256_json
 from data.manifest import Manifest
 from data.row_checks import check_rows
 from data.schema import SHARD_SCHEMA
-from data.shards import missing_classes
+from data.shards import load_excluded, missing_classes
 from data.splits import SPLITS
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ def check(out: Path) -> list[str]:
     if sha256_json(manifest.config) != manifest.config_hash:
         problems.append("manifest.json: config_hash is not the hash of config; extract again")
     problems += _unlisted(out, manifest)
+    try:
+        load_excluded(out, manifest)
+    except InputError as error:
+        problems.append(str(error))
     seen = _Seen()
     first_row = 0
     for file in manifest.files:

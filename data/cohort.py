@@ -73,6 +73,7 @@ def select_stays(
         (stays.height, joined.height),
         "Inner join with admissions on (subject_id, hadm_id) and with patients on subject_id.",
     )
+    ledger.exclude("admission and patient known", stays["stay_id"], joined["stay_id"])
     single = ledger.keep(
         joined,
         "one stay per admission",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, TypeVar, get_args
 
 from data.manifest import Manifest
-from data.map_report import rules_table
+from data.map_report import TIES, disagreement_report, rules_table, ties_table
 from data.ontology import Rule, disagreement
 from data.shards import missing_classes
 from data.splits import SPLITS
@@ -110,7 +110,18 @@ def _rules(manifest: Manifest) -> str:
         if other != used:
             differing = disagreement(used, other).codes.height
             lines.append(f"  {differing:,} ICD-10 codes get other labels under `{other}`")
-    return "\n".join(lines) + "\n\nICD-10 codes with each label under each map\n" + rules_table()
+    reports = [
+        disagreement_report(used, other, ties=False) for other in get_args(Rule) if other != used
+    ]
+    return "\n\n".join(
+        [
+            "\n".join(lines),
+            "ICD-10 codes with each label under each map\n" + rules_table(),
+            *(report.rstrip("\n") for report in reports),
+            TIES,
+            ties_table(),
+        ]
+    )
 
 
 def _in_order(of_split: Mapping[str, Value]) -> list[tuple[str, Value]]:

@@ -8,6 +8,7 @@ import polars as pl
 
 from data.describe import table
 from data.manifest import Manifest
+from data.shards import load_excluded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,11 +22,11 @@ def diff(a: Path, b: Path) -> str:
     """Explain how the cohort of `b` differs from that of `a`.
 
     First what differs in the inputs and switches, then each rule with what it removed in both,
-    the rules before which the cohorts part marked, then the stays that only one of them has, and
-    among the common ones how many have another series, label, split, age or image.
+    then the stays that only one of them has, each under the rule that removed it from the other,
+    and among the common ones how many have another series, label, split, age or image.
 
     Raises:
-        InputError: One of the folders holds no finished extraction.
+        InputError: One of the folders holds no finished extraction, or a file of it was altered.
     """
     first, second = Manifest.load(a), Manifest.load(b)
     parts = [
@@ -85,14 +86,15 @@ def _samples(a: Path, b: Path, first: Manifest, second: Manifest) -> str:
     left, right = _read(a, first), _read(b, second)
     key = "stay_id" if left["stay_id"].null_count() < left.height else "dicom_id"
     lines = [f"Samples: {left.height:,} in A, {right.height:,} in B"]
-    for name, only in (
-        ("A", left.join(right, on=key, how="anti")),
-        ("B", right.join(left, on=key, how="anti")),
+    for name, only, other in (
+        ("A", left.join(right, on=key, how="anti"), load_excluded(b, second)),
+        ("B", right.join(left, on=key, how="anti"), load_excluded(a, first)),
     ):
         ids = ", ".join(str(value) for value in only[key].sort().head(_EXAMPLES))
         more = f" (e.g. {key} {ids})" if only.height else ""
         lines.append(f"  only in {name}: {only.height:,}{more}")
-        lines += _lost_admissions(only, right if name == "A" else left, "B" if name == "A" else "A")
+        if key == "stay_id":
+            lines += _why_absent(only, other, "B" if name == "A" else "A")
     common = left.join(right, on=key, how="inner", suffix="_b")
     lines.append(f"  in both: {common.height:,}, of which")
     for column in _COMPARED:
@@ -103,10 +105,18 @@ def _samples(a: Path, b: Path, first: Manifest, second: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _lost_admissions(only: pl.DataFrame, other: pl.DataFrame, name: str) -> list[str]:
-    """Whether the other cohort has the patient at all."""
-    known = only.filter(pl.col("subject_id").is_in(other["subject_id"].unique().implode())).height
-    return [f"    {known:,} of subjects that {name} has with other samples"] if only.height else []
+def _why_absent(only: pl.DataFrame, excluded: pl.DataFrame, name: str) -> list[str]:
+    """The rules of the other cohort that removed these stays, each with how many and examples."""
+    why = only.select("stay_id").join(excluded, on="stay_id", how="left")
+    counted = why.group_by("rule").agg(pl.col("stay_id").sort().head(_EXAMPLES), pl.len())
+    lines = []
+    for rule, stays, count in counted.sort("len", "rule", descending=[True, False]).rows():
+        ids = ", ".join(map(str, stays))
+        what = f"removed by {rule!r}" if rule is not None else "not in its icustays table"
+        lines.append(
+            f"    {count:,} in {name} {what}: {ids}{', ...' if count > len(stays) else ''}"
+        )
+    return lines
 
 
 def _read(folder: Path, manifest: Manifest) -> pl.DataFrame:

@@ -47,12 +47,14 @@ class PartitionResult:
         flow: Each rule in order, also those that removed nothing.
         quarantine: Rows set aside.
         counters: Counted repairs.
+        excluded: Rule -> stay_id of the stays that it removed.
     """
 
     samples: pl.DataFrame
     flow: list[FlowStep]
     quarantine: list[Quarantined] = field(default_factory=list)
     counters: dict[str, int] = field(default_factory=dict)
+    excluded: dict[str, list[int]] = field(default_factory=dict)
 
 
 def extract_partition(
@@ -88,6 +90,7 @@ def extract_partition(
         flow=ledger.flow,
         quarantine=ledger.quarantine,
         counters=ledger.counters,
+        excluded=ledger.excluded,
     )
 
 
@@ -215,6 +218,8 @@ def _series_of_stays(
         "At least one readable event inside the window.",
     )
     chosen = stays[present]
+    eligible = stays.filter("eligible")["stay_id"]
+    ledger.exclude("has an event", eligible, chosen["stay_id"])
     steps = bin_count(chosen["hours"].to_numpy(), config.timestep_hours)
     return chosen, discretise(replace(points, stay=compact), steps, config.timestep_hours)
 

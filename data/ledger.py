@@ -23,6 +23,8 @@ class Ledger:
     flow: list[FlowStep] = field(default_factory=list)
     quarantine: list[Quarantined] = field(default_factory=list)
     counters: dict[str, int] = field(default_factory=dict)
+    excluded: dict[str, list[int]] = field(default_factory=dict)
+    """Rule -> stay_id of the stays that it removed, sorted."""
 
     def step(self, rule: str, unit: str, sizes: tuple[int, int], why: str) -> None:
         """Note a rule that left `sizes[1]` of `sizes[0]`, also one that removed nothing."""
@@ -36,6 +38,8 @@ class Ledger:
         """The rows of which `condition` holds (null counts as no), noted as one step."""
         kept = frame.filter(condition)
         self.step(rule, unit, (frame.height, kept.height), why)
+        if unit == "stays":
+            self.exclude(rule, frame["stay_id"], kept["stay_id"])
         return kept
 
     def keep_each(
@@ -53,6 +57,11 @@ class Ledger:
             self.step(rule, unit, (left, kept), why)
             left = kept
         return frame.filter(masks.to_series(-1))
+
+    def exclude(self, rule: str, before: pl.Series, after: pl.Series) -> None:
+        """Note which stays a rule removed, so that two cohorts can be compared stay by stay."""
+        lost = before.filter(~before.is_in(after.implode())).unique().sort()
+        self.excluded.setdefault(rule, []).extend(lost.to_list())
 
     def set_aside(self, place: str, reason: str, count: int, examples: Iterable[object]) -> None:
         """Quarantine `count` rows of a table, naming at most five of them."""

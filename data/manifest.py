@@ -52,6 +52,8 @@ class Manifest(Config):
     overlap: dict[str, dict[str, int]]
     """Per split: rows with each modality and with both, e.g. {ehr: 10, cxr: 3, ehr+cxr: 3}."""
     flow: tuple[FlowStep, ...]
+    excluded_sha256: str = ""
+    """Of excluded.parquet, which says what rule removed each stay; empty if none was removed."""
     quarantine: tuple[Quarantined, ...] = ()
     counters: dict[str, int] = {}  # noqa: RUF012
     """Counted repairs that removed nothing (units converted, values clipped, ...)."""

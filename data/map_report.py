@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 RULES: tuple[Rule, ...] = ("resolved", "forward_last", "backward_first")
 
 
-def disagreement_report(rule_a: Rule, rule_b: Rule) -> str:
+def disagreement_report(rule_a: Rule, rule_b: Rule, *, ties: bool = True) -> str:
     """How two rules label ICD-10 codes, as Markdown: by label, then what the tie rule decides."""
     found = disagreement(rule_a, rule_b)
     rows = [
@@ -26,8 +26,8 @@ def disagreement_report(rule_a: Rule, rule_b: Rule) -> str:
         f"ICD-10 codes by label under `{rule_a}` and `{rule_b}`; {differing} codes differ.",
         _table(heads, rows),
     ]
-    if "resolved" in (rule_a, rule_b):
-        parts += [_TIES, ties_table()]
+    if ties and "resolved" in (rule_a, rule_b):
+        parts += [TIES, ties_table()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,7 +63,7 @@ def rules_table() -> str:
 
 
 _COUNTS = ("codes_a", "codes_b", "both", "only_a", "only_b")
-_TIES = "Codes that the tie rule of `resolved` gives to the one candidate among the 25:"
+TIES = "Codes that the tie rule of `resolved` gives to the one candidate among the 25:"
 
 
 def _codes_by_label(rule: Rule) -> dict[int, int]:

@@ -23,7 +23,7 @@ from data.flow import merge_quarantine
 from data.images import ImageCache, prepare_images
 from data.manifest import Manifest
 from data.schema import SCHEMA_VERSION
-from data.shards import PartitionRecord, assemble, finish_samples, write_shard
+from data.shards import PartitionRecord, assemble, finish_samples, write_excluded, write_shard
 from data.sources.marker import SUFFIX
 from data.sources.mimic_cxr import find_tables, read_mimic_cxr
 from data.sources.release import open_release, open_table
@@ -130,11 +130,13 @@ def extract(
     with named_full_disk(out):
         job = _prepare(opened, spec, config, work)
     records = _run(job, partitions)
+    parts = assemble(records, spec, described, job.staged)
     manifest = Manifest(
         preset=preset,
         release=opened.release,
         code_version=described["code"],
-        **assemble(records, spec, described, job.staged),
+        excluded_sha256=write_excluded(work, records),
+        **parts,
     )
     if opened.cxr is not None:
         quarantine = merge_quarantine([opened.cxr.quarantine, manifest.quarantine])
@@ -310,6 +312,7 @@ def extract_one(number: int, job: _Job) -> PartitionRecord:
             "flow": (*result.flow, *finished.flow),
             "quarantine": (*result.quarantine, *prepared.quarantine),
             "counters": {**result.counters, **prepared.counters},
+            "excluded": {rule: tuple(stays) for rule, stays in result.excluded.items()},
         }
     )
     write_json(_record_path(job.work, number), record.model_dump(mode="json"))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from data.stage import Stage
     from data.tasks import TaskSpec
 
+EXCLUDED = "excluded.parquet"
+EXCLUDED_SCHEMA = {"stay_id": pl.Int64(), "rule": pl.String()}
 _ROW_GROUP = 1024
 _OF_IMAGE = ("dicom_id", "cxr_available_at", "cxr_labels")
 
@@ -45,6 +47,8 @@ class PartitionRecord(Config):
     flow: tuple[FlowStep, ...] = ()
     quarantine: tuple[Quarantined, ...] = ()
     counters: dict[str, int] = {}  # noqa: RUF012
+    excluded: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
+    """Rule -> stay_id of the stays that it removed."""
 
     def holds(self, folder: Path) -> bool:
         """Whether the shard is there as it was written."""
@@ -137,6 +141,36 @@ def _label_sums(labels: pl.Series, width: int) -> tuple[float, ...]:
 def _overlap(part: pl.DataFrame) -> dict[str, int]:
     ehr, cxr = part["ehr"].is_not_null(), part["dicom_id"].is_not_null()
     return {"ehr": int(ehr.sum()), "cxr": int(cxr.sum()), "ehr+cxr": int((ehr & cxr).sum())}
+
+
+def write_excluded(folder: Path, records: Sequence[PartitionRecord]) -> str:
+    """Write which rule removed which stay beside the manifest; its SHA-256 ("" without a stay)."""
+    rows = [
+        (stay, rule)
+        for record in records
+        for rule, stays in record.excluded.items()
+        for stay in stays
+    ]
+    if not rows:
+        return ""
+    table = pl.DataFrame(sorted(rows), EXCLUDED_SCHEMA, orient="row")
+    with atomic_path(folder / EXCLUDED) as temporary:
+        table.write_parquet(temporary)
+    return sha256_file(folder / EXCLUDED)
+
+
+def load_excluded(folder: Path, manifest: Manifest) -> pl.DataFrame:
+    """stay_id and rule of every stay that a rule removed.
+
+    Raises:
+        InputError: The file is missing or altered.
+    """
+    path = folder / EXCLUDED
+    if not manifest.excluded_sha256:
+        return pl.DataFrame(schema=EXCLUDED_SCHEMA)
+    if not path.is_file() or sha256_file(path) != manifest.excluded_sha256:
+        raise InputError(f"{path}: altered or missing since its manifest; extract again")
+    return pl.read_parquet(path)
 
 
 def assemble(

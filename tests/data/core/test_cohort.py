@@ -16,7 +16,7 @@ from data.switches import ExtractConfig
 from data.tasks import task_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     Tiny = Callable[..., dict[str, pl.DataFrame]]
 
@@ -122,6 +122,21 @@ def test_no_diagnosis_and_no_event_drop_a_stay_each_by_its_rule(tiny: Tiny) -> N
         assert result.samples.is_empty()
         losses = [s.rule for s in result.flow if s.unit == "stays" and s.rows_out < s.rows_in]
         assert losses == [rule]
+
+
+@pytest.mark.parametrize("release", ["iii", "iv"])
+def test_every_stay_is_a_sample_or_named_under_the_one_rule_that_removed_it(
+    release: str, demo_tables: Callable[[str], Mapping[str, pl.DataFrame]]
+) -> None:
+    tables = demo_tables(release)
+    result = extract_partition(tables, task_spec("mortality"), ExtractConfig())
+    lost = {s.rule: s.rows_in - s.rows_out for s in result.flow if s.unit == "stays"}
+    assert {rule: len(stays) for rule, stays in result.excluded.items()} == lost
+    assert sum(count > 0 for count in lost.values()) >= 3
+    named = [stay for stays in result.excluded.values() for stay in stays]
+    assert sorted([*named, *result.samples["stay_id"]]) == sorted(tables["icustays"]["stay_id"])
+    short = tables["icustays"].filter(pl.col("stay_id").is_in(result.excluded["long enough"]))
+    assert (short["los"] < 2.0).all()
 
 
 def test_identical_rows_are_merged_and_different_ones_refused(tiny: Tiny) -> None:

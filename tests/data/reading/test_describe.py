@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from data.describe import describe
 from data.diff import diff
 from data.flow import FlowStep, Quarantined
-from data.ontology import disagreement
+from data.ontology import disagreement, tie_decided
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,6 +51,15 @@ def test_describe_prints_the_disagreement_of_the_maps(
     assert differing > 1000
     assert f"{differing:,} ICD-10 codes get other labels under `forward_last`" in text
     assert "| 20 | Pleurisy" in text
+    for other in ("forward_last", "backward_first"):
+        by_label = disagreement("resolved", other).by_label.row(6, named=True)
+        cells = [by_label[name] for name in ("codes_a", "codes_b", "both", "only_a", "only_b")]
+        start = text.index(f"by label under `resolved` and `{other}`")
+        assert f"| {' | '.join(map(str, cells))} |" in text[start:].split("\n| 7 |")[0]
+    decided = tie_decided()
+    assert decided.height > 10
+    assert all(f"| {code} | " in text for code in decided["icd_code"])
+    assert text.count("the tie rule of `resolved`") == 1
 
 
 def test_diff_names_switch_rule_and_stays(

@@ -49,6 +49,7 @@ def test_mimic_iii_is_marked_and_keeps_its_items(tmp_path: Path) -> None:
     assert item_ids(release.name) == item_ids("mimic-iii-1.4") != item_ids("mimic-iv-2.2")
 
 
+@pytest.mark.ray
 def test_the_mark_survives_staging_and_extraction(
     made: SyntheticTruth, tmp_path: Path, ray_session: None
 ) -> None:
@@ -61,6 +62,7 @@ def test_the_mark_survives_staging_and_extraction(
         assert check(out) == []
 
 
+@pytest.mark.ray
 def test_invented_images_name_a_cohort_of_images(
     made: SyntheticTruth, tmp_path: Path, ray_session: None
 ) -> None:
@@ -69,6 +71,7 @@ def test_invented_images_name_a_cohort_of_images(
     assert Manifest.load(tmp_path / "out").release == "mimic-cxr-jpg-2.0.0-synthetic"
 
 
+@pytest.mark.ray
 def test_invented_images_beside_other_tables_are_named_too(
     made: SyntheticTruth, tmp_path: Path, ray_session: None
 ) -> None:
