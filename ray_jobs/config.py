@@ -57,6 +57,8 @@ class RunConfig(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run's folder under `runs_dir`."""
+    note: str = ""
+    """A sentence on what the run is, shown at the head of its report."""
     runs_dir: Path = Path("runs")
     """Folder that holds the folders of runs."""
     preset: Preset = "corrected"

@@ -15,7 +15,7 @@ from ray_jobs import config as run_config
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PATIENTS = 700
+PATIENTS = 1000
 SEED = 2026
 IMAGE_SIZE = 64
 TASK = "phenotyping_48h"

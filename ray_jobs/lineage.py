@@ -33,6 +33,7 @@ PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "polars", "scikit
 # Where a run lives and how wide it runs do not change what it computes.
 _FREE = (
     "name",
+    "note",
     "runs_dir",
     "scaling",
     "evaluate",

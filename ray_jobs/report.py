@@ -110,6 +110,7 @@ def _run_section(folder: Path, number: int) -> dict[str, Any]:
     return {
         "anchor": salt,
         "name": config.name,
+        "note": config.note,
         "split": split,
         "lineage": metrics["lineage"],
         "mixed": metrics["lineage"]["manifest_preset"] != metrics["lineage"]["preset"],
