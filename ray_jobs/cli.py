@@ -96,11 +96,24 @@ def train(
 def evaluate(
     run: Folder,
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="Rows to score")] = "test",
+    unpaired_from: Annotated[
+        Path | None,
+        typer.Option(help="Ensemble: rows without an X-ray as this evaluated run predicts them"),
+    ] = None,
 ) -> None:
-    """Score a run's best weights: metrics with confidence intervals, predictions.parquet."""
+    """Score a run's best weights: metrics with confidence intervals, predictions.parquet.
+
+    With --unpaired-from two evaluated runs are pooled into a folder beside RUN.
+    """
+    from ray_jobs import ensemble
     from ray_jobs import evaluate as body
 
-    body.run(run, split=split)
+    if unpaired_from is None:
+        body.run(run, split=split)
+    else:
+        out = run.parent / f"{run.name}-with-{unpaired_from.name}"
+        ensemble.run(run, unpaired_from, out, split=split)
+        run = out
     say(f"wrote {run}/eval/{split}/metrics.json; write the report with `rayfuse report {run}`")
 
 

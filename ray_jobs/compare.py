@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ray_jobs import predictions as prediction_file
 from ray_jobs.report import SET_NAMES, interval_text, primary_split, read_metrics
 from ray_jobs.runs import RunFolder
-from ray_jobs.suppression import HIDDEN, hides_group
+from ray_jobs.suppression import HIDDEN, hides_group, hides_label
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ray_jobs.predictions import Predictions
 
 METRICS = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier"}
+RANKED = ("auroc", "auprc")
 
 
 def compare_runs(run_folders: Sequence[Path]) -> dict[str, Any]:
@@ -27,7 +28,8 @@ def compare_runs(run_folders: Sequence[Path]) -> dict[str, Any]:
 
     Returns:
         `rows`: one for each run and set; `differences`: one for each later run and set, with
-        `reason` where there is none.
+        `reason` where there is none; `ranks`: each run's average rank over the labels, by set,
+        of the runs that scored the first one's rows.
     """
     splits = [primary_split(folder) for folder in run_folders]
     metrics = [
@@ -39,17 +41,66 @@ def compare_runs(run_folders: Sequence[Path]) -> dict[str, Any]:
             if key in found["sets"]:
                 rows.append(_score_row(key, found))
     differences: list[dict[str, Any]] = []
+    together = [metrics[0]]
     for number in range(1, len(run_folders)):
         pair = (metrics[number], metrics[0])
         folders = (run_folders[number], run_folders[0])
-        differences += _differences(pair, folders, (splits[number], splits[0]))
+        added = _differences(pair, folders, (splits[number], splits[0]))
+        if not any(each["reason"] for each in added):
+            together.append(metrics[number])
+        differences += added
     first = metrics[0]["lineage"]
     alike = all(
         found["lineage"][key] == first[key]
         for found in metrics
         for key in ("task", "preset", "synthetic", "manifest")
     )
-    return {"rows": rows, "differences": differences, "first": first["run"], "alike": alike}
+    return {
+        "rows": rows,
+        "differences": differences,
+        "ranks": _ranks(together),
+        "first": first["run"],
+        "alike": alike,
+    }
+
+
+def _ranks(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Average rank over labels (DrFuse, Table 3): 1 is the best, equal scores share their ranks.
+
+    Labels that a report would not show, or that lack a score in one run, are left out.
+    """
+    from scipy.stats import rankdata
+
+    found = []
+    for key in SET_NAMES:
+        sets = [each["sets"][key] for each in metrics if key in each["sets"]]
+        if len(metrics) < 2 or len(sets) < len(metrics):
+            continue
+        head = sets[0]
+        labels = [
+            c
+            for c, positives in enumerate(head["positives"])
+            if not hides_label(head["rows"], positives)
+            and all(one["metrics"]["auroc"]["labels"][c]["value"] is not None for one in sets)
+        ]
+        if not labels:
+            continue
+        means = [
+            rankdata(
+                [[-one["metrics"][m]["labels"][c]["value"] for c in labels] for one in sets], axis=0
+            ).mean(1)
+            for m in RANKED
+        ]
+        found += [
+            {
+                "set": SET_NAMES[key],
+                "run": each["lineage"]["run"],
+                "labels": len(labels),
+                "scores": [f"{mean[number]:.2f}" for mean in means],
+            }
+            for number, each in enumerate(metrics)
+        ]
+    return found
 
 
 def _score_row(key: str, found: dict[str, Any]) -> dict[str, Any]:

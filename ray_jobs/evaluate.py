@@ -103,8 +103,16 @@ def _lineage(trained: Trained, manifest: Manifest, split: str) -> dict[str, Any]
     }
 
 
+def score_predictions(config: RunConfig, predicted: Predictions) -> dict[str, Any]:
+    """What metrics.json holds of predictions that no model is behind: no sweep, no attention."""
+    return _metrics(config, predicted, None, None)
+
+
 def _metrics(
-    config: RunConfig, predicted: Predictions, raw: Raw, withheld: NDArray[np.float32] | None
+    config: RunConfig,
+    predicted: Predictions,
+    raw: Raw | None,
+    withheld: NDArray[np.float32] | None,
 ) -> dict[str, Any]:
     from fusion.metrics.subsets import score_set, score_subgroups
 
@@ -145,8 +153,8 @@ def _metrics(
         "evaluate": settings.model_dump(mode="json"),
         "sets": scored,
         "subgroups": subgroups,
-        "missingness": _missingness(predicted, raw.rows, withheld, settings),
-        "attention": _attention(raw, predicted),
+        "missingness": _missingness(predicted, raw.rows, withheld, settings) if raw else [],
+        "attention": _attention(raw, predicted) if raw else {},
     }
 
 

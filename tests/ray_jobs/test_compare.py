@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -51,6 +52,30 @@ def test_differences_are_later_minus_first_on_the_same_rows(folders: list[Path])
     assert [row["run"] for row in found["rows"][:2]] == [folder.name for folder in folders]
 
 
+def test_average_ranks_are_over_labels_of_runs_on_the_same_rows(folders: list[Path]) -> None:
+    """Against a literal count of how many runs score better on each label."""
+    found = compare_runs([*folders, folders[0]])["ranks"]
+    sets = [
+        json.loads((RunFolder(folder).evaluation("test") / "metrics.json").read_text())["sets"]
+        for folder in (*folders, folders[0])
+    ]
+    head = sets[0]["partial"]
+    labels = [
+        c for c, positives in enumerate(head["positives"]) if 10 <= positives <= head["rows"] - 10
+    ]
+    assert labels
+    for column, metric in enumerate(("auroc", "auprc")):
+        for number, row in enumerate(found[:3]):
+            total = 0.0
+            for c in labels:
+                scores = [one["partial"]["metrics"][metric]["labels"][c]["value"] for one in sets]
+                better = sum(score > scores[number] for score in scores)
+                total += 1 + better + (sum(score == scores[number] for score in scores) - 1) / 2
+            assert row["labels"] == len(labels)
+            assert float(row["scores"][column]) == pytest.approx(total / len(labels), abs=6e-3)
+    assert found[0]["scores"] == found[2]["scores"], "a run ties with itself"
+
+
 def test_other_rows_have_no_difference(make_run: Callable, folders: list[Path]) -> None:
     def older(rows: list[dict]) -> None:
         for row in rows:
@@ -63,6 +88,7 @@ def test_other_rows_have_no_difference(make_run: Callable, folders: list[Path]) 
         "the two runs did not score the same rows"
     ]
     assert not found["alike"]
+    assert found["ranks"] == []
 
 
 def test_rows_are_matched_by_key_in_any_order(folders: list[Path], tmp_path: Path) -> None:
