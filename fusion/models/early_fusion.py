@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from fusion.encoders.image import ImageOptions, MissingImageOptions, build_resnet
+from fusion.encoders.image import ImageOptions, build_resnet
 from fusion.encoders.time_series import LSTMEncoder, LSTMOptions
 from fusion.layers.concat_fusion import ConcatFusion
 from fusion.layers.present import keep_present, present_images, present_series
@@ -20,7 +20,8 @@ class EarlyFusion(FusionModel, name="early_fusion"):
 
     The encoders come from runs of `lstm` and `resnet34` on the task (`init_from`), get no
     gradient and stay in evaluation mode, so that neither dropout nor batch norm moves them; the
-    released code leaves both in training mode.
+    released code leaves both in training mode. So a zero image for a missing one could change
+    nothing: there is no such switch.
 
     Submodules: ehr_encoder, cxr_encoder, fusion (projection, missing, head).
     """
@@ -29,7 +30,7 @@ class EarlyFusion(FusionModel, name="early_fusion"):
     pretrained = ("ehr_encoder", "cxr_encoder")
     TINY: ClassVar = {"hidden": 8, "depth": 10, "base_width": 4}
 
-    class Config(LSTMOptions, ImageOptions, MissingImageOptions, FusionModel.Config):
+    class Config(LSTMOptions, ImageOptions, FusionModel.Config):
         """The paper's numbers."""
 
         name: Literal["early_fusion"] = "early_fusion"
@@ -38,7 +39,6 @@ class EarlyFusion(FusionModel, name="early_fusion"):
 
     def __init__(self, config: Config, task: TaskSpec) -> None:
         super().__init__(config, task)
-        self.missing_image = config.missing_image
         self.ehr_encoder = LSTMEncoder(hidden=config.hidden, dropout=config.dropout)
         self.cxr_encoder = build_resnet(config.depth, config.base_width, config.image_weights)
         self.fusion = ConcatFusion(
@@ -61,7 +61,7 @@ class EarlyFusion(FusionModel, name="early_fusion"):
         """One pass over a batch."""
         has_cxr = batch.present["cxr"]
         ehr = keep_present(self.ehr_encoder(*present_series(batch)), batch.present["ehr"])
-        with present_images(batch, self.cxr_encoder, self.missing_image) as images:
+        with present_images(batch, self.cxr_encoder) as images:
             cxr = images.scatter(self.fusion.projection(self.cxr_encoder(images.values)))
         cxr = keep_present(cxr, has_cxr)
         logits = self.fusion(ehr, cxr, has_cxr).float()
