@@ -26,6 +26,7 @@ from data.schema import SCHEMA_VERSION
 from data.shards import PartitionRecord, assemble, finish_samples, write_excluded, write_shard
 from data.sources.marker import SUFFIX
 from data.sources.mimic_cxr import find_tables, read_mimic_cxr
+from data.sources.notes import find_notes, read_notes
 from data.sources.release import open_release, open_table
 from data.stage import (
     Stage,
@@ -182,7 +183,7 @@ def _open(sources: Sources, spec: TaskSpec) -> _Opened:
     if spec.unit == "image" and not wants_images:
         raise InputError(f"task {spec.name} is made of images; give --mimic-cxr")
     if sources.notes is not None:
-        logger.warning("task %s reads no notes: %s is not used", spec.name, sources.notes)
+        _check_notes(sources.notes, spec)
     hashes: dict[str, str] = {}
     ehr = None
     if folder is not None:
@@ -197,6 +198,15 @@ def _open(sources: Sources, spec: TaskSpec) -> _Opened:
         hashes["mimic_cxr"] = sha256_json(prints)
         cxr = read_mimic_cxr(sources.mimic_cxr)
     return _Opened(ehr, folder, cxr, sources.mimic_cxr, hashes)
+
+
+def _check_notes(folder: Path, spec: TaskSpec) -> None:
+    """Find the tables of notes and read the start of each: no task takes anything from them yet."""
+    found = find_notes(folder)
+    for file in found:
+        next(read_notes(file), None)
+    tables = ", ".join(file.table for file in found)
+    logger.warning("notes: %s found and readable, but task %s uses none of it", tables, spec.name)
 
 
 def _require_family(folder: Path, release: str, family: str) -> None:

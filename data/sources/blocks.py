@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from data.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +33,19 @@ class Block:
 
     content: bytes
     lines_before: int
+
+    def has_fields(self, width: int) -> bool:
+        """Whether there are as many commas outside quotes as records of `width` fields have."""
+        commas, ends = _count(self.content, b","), _count(self.content, b"\n")
+        ends += not self.content.endswith(b"\n")
+        for quoted in self.content.split(b'"')[1::2]:
+            commas -= quoted.count(b",")
+            ends -= quoted.count(b"\n")
+        return commas == ends * (width - 1)
+
+
+def _count(content: bytes, byte: bytes) -> int:
+    return int(np.count_nonzero(np.frombuffer(content, np.uint8) == byte[0]))
 
 
 def read_header(path: Path) -> str:

@@ -87,6 +87,8 @@ class TableReader:
                 frame = self._needed(self._scan(block, self._text_schema())).collect()
             except pl.exceptions.PolarsError as error:
                 raise self._csv_fault(block, error) from None
+            if not block.has_fields(len(self._file.columns)):
+                self._refuse_ragged(block)
             self.rows = block.lines_before - 1 + block.content.count(b"\n")
             self.rows += not block.content.endswith(b"\n")
             yield frame
@@ -214,10 +216,8 @@ class TableReader:
                 f"{path}: line {line} is not UTF-8 text (byte {hex(block.content[wrong.start])});"
                 " convert the file to UTF-8"
             )
-        try:
-            text = self._scan(block, dict.fromkeys(self._file.columns, pl.String)).collect()
-        except pl.exceptions.PolarsError:
-            return self._ragged(block)
+        self._refuse_ragged(block)
+        text = self._scan(block, dict.fromkeys(self._file.columns, pl.String)).collect()
         itemid = self._written["itemid"]
         converted = text[itemid].cast(pl.Int64, strict=False)
         if converted.null_count() > text[itemid].null_count():
@@ -227,24 +227,24 @@ class TableReader:
             "download the file again"
         )
 
-    def _ragged(self, block: Block) -> InputError:
-        """The first record with too many fields."""
+    def _refuse_ragged(self, block: Block) -> None:
+        """Name the first record that has not the header's number of fields; blank lines pass."""
         import csv
         import io
 
         width = len(self._file.columns)
         records = csv.reader(io.StringIO(block.content.decode("utf-8")))
         for record in records:
-            if len(record) > width:
-                return InputError(
-                    f"{self._file.path}: line {block.lines_before + records.line_num} has "
-                    f"{len(record)} fields, but the header {width}; "
+            if record and len(record) != width:
+                mend = (
                     "quote the field that holds a comma"
+                    if len(record) > width
+                    else "the line is cut off or was edited, copy the file again"
                 )
-        return InputError(
-            f"{self._file.path}: lines after {block.lines_before} are no CSV; "
-            "download the file again"
-        )
+                raise InputError(
+                    f"{self._file.path}: line {block.lines_before + records.line_num} has "
+                    f"{len(record)} fields, but the header {width}; {mend}"
+                )
 
 
 def read_whole(reader: TableReader) -> pl.DataFrame:

@@ -204,6 +204,24 @@ def test_a_field_too_many_names_its_line(
         read_whole(_reader(open_release(folder), "chartevents"))
 
 
+@pytest.mark.parametrize("table", ["chartevents", "admissions"])
+@pytest.mark.parametrize("block_bytes", [500, 1 << 25])
+def test_a_line_that_lacks_fields_names_its_line_and_a_blank_one_does_not(
+    tmp_path: Path, make_hospital: Callable[..., Path], table: str, block_bytes: int
+) -> None:
+    """Admissions have quoted commas and line ends before the cut."""
+    folder = make_hospital(tmp_path, patients=9, form="csv")
+    path = next(folder.rglob(f"{table}.csv"))
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[:15], b"", *lines[15:]]))
+    read_whole(_reader(open_release(folder), table, block_bytes=block_bytes))
+    at, end, left = (13, 15, 5) if table == "admissions" else (30, 31, 7)
+    lines[at] = lines[at].split(b",", 2)[2]
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(InputError, match=rf"{table}\.csv: line {end} has {left} fields.*copy the"):
+        read_whole(_reader(open_release(folder), table, block_bytes=block_bytes))
+
+
 def test_different_rows_of_one_key_are_refused_identical_ones_are_not(
     tmp_path: Path, make_hospital: Callable[..., Path]
 ) -> None:
