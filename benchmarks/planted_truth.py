@@ -46,7 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "drfuse": {
         "model": {"name": "drfuse", "hidden": 64, "dropout": 0.1, "feedforward": 128, **SMALL},
-        "epochs": 36,
+        "epochs": 20,
     },
 }
 """In order of training: MedFuse as in its paper from pre-trained encoders, DrFuse from scratch."""
@@ -85,8 +85,8 @@ def main() -> None:
         extract.run(sources, TASK, shards, preset="corrected", config=ExtractConfig())
         folders = {
             (model, seed): _train(model, seed, shards, given)
-            for seed in range(given.seeds)
             for model in MODELS
+            for seed in range(given.seeds)
         }
     result = _score(folders, hospital)
     result["settings"] = {
