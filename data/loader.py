@@ -99,6 +99,7 @@ def open_stream(  # noqa: PLR0913
     rank: int = 0,
     world_size: int = 1,
     rows: Literal["partial", "paired"] | None = None,
+    drop_last: bool = False,
 ) -> BatchLoader:
     """The stream of a split for one rank.
 
@@ -113,9 +114,11 @@ def open_stream(  # noqa: PLR0913
         world_size: Workers.
         rows: Every row or only those with an image; None takes `train_rows` when training,
             `selection_rows` for the validation split, and every row otherwise.
+        drop_last: Leave out an epoch's short last batch.
 
     Raises:
-        InputError: The shards are refused (see ShardReader), or the split has no such row.
+        InputError: The shards are refused (see ShardReader), or the split has no such row or,
+            under `drop_last`, no whole batch of them.
     """
     reader = ShardReader(shards, config.cache_dir)
     if rows is None:
@@ -136,7 +139,12 @@ def open_stream(  # noqa: PLR0913
             f"{shards}: the {split} split has no rows{with_image}; extract more subjects"
             + (", or use the partial rows" if with_image else "")
         )
-    plan = SamplePlan(blocks_of(chosen), batch_size, seed, shuffle=train)
+    plan = SamplePlan(blocks_of(chosen), batch_size, seed, shuffle=train, drop_last=drop_last)
+    if not plan.steps_per_epoch:
+        raise InputError(
+            f"train.drop_last leaves nothing of {len(chosen)} {split} rows in batches of "
+            f"{batch_size}; lower train.batch_size or set it to false"
+        )
     normalizer = normalizer_for(reader, config)
     return BatchLoader(
         reader,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
-from data.errors import InputError
 from data.loader import open_stream
 from data.tasks import task_spec
 from fusion import registry
@@ -16,36 +14,10 @@ from fusion.training.metrics_log import MetricsLog, Silent
 from ray_jobs.supervise import stop_flag
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from data.loader import BatchLoader
-    from data.schema import Batch, BatchStream
     from fusion.training.strategy import Strategy
     from ray_jobs.config import RunConfig
     from ray_jobs.runs import RunFolder
-
-
-class WholeBatches:
-    """A stream without the short last batch of an epoch."""
-
-    def __init__(self, stream: BatchLoader) -> None:
-        """Leave out what `stream` has beyond whole batches.
-
-        Raises:
-            InputError: It has no whole batch.
-        """
-        self._stream = stream
-        self.steps_per_epoch = len(stream.plan) // stream.plan.batch_size
-        if not self.steps_per_epoch:
-            raise InputError(
-                f"train.drop_last leaves nothing of {len(stream.plan)} training rows in batches "
-                f"of {stream.plan.batch_size}; lower train.batch_size or set it to false"
-            )
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch | None]:
-        """This rank's batches from `start_step` on; None where its share of a step is empty."""
-        batches = self._stream.epoch(epoch, start_step)
-        return itertools.islice(batches, self.steps_per_epoch - start_step)
 
 
 def open_session(
@@ -73,11 +45,10 @@ def open_session(
             train=split == "train",
             rank=strategy.rank,
             world_size=strategy.world,
+            drop_last=split == "train" and config.train.drop_last,
         )
 
     task = Task(task_spec(config.task))
-    opened = stream("train")
-    train: BatchStream = WholeBatches(opened) if config.train.drop_last else opened
     kind = registry.get(config.model.name)  # type: ignore[attr-defined]
     settings = loop.Settings(config.train, config.optim, config.checkpoint, config.seed)
     model = loop.prepare(strategy, lambda: kind(config.model, task.spec), task, settings)
@@ -85,7 +56,7 @@ def open_session(
         strategy,
         task,
         settings,
-        train,
+        stream("train"),
         stream("val"),
         folder.path,
         log=MetricsLog(folder.metrics) if strategy.rank == 0 else Silent(),
