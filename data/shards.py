@@ -259,7 +259,7 @@ def _why_empty(flow: Sequence[FlowStep]) -> str:
 def missing_classes(manifest: Manifest) -> list[str]:
     """Labels that have only one class in a split, or splits without rows; one line each.
 
-    Training refuses them, a description warns of them.
+    A description warns of them; training too, and it refuses some (`refuse_unlearnable`).
     """
     found = [f"split {name} has no rows" for name, rows in manifest.splits.items() if not rows]
     for split, shares in manifest.prevalence.items():
@@ -268,3 +268,20 @@ def missing_classes(manifest: Manifest) -> list[str]:
                 what = "no positive" if share == 0.0 else "no negative"
                 found.append(f"split {split} has {what} row of {label!r}")
     return found
+
+
+def refuse_unlearnable(manifest: Manifest) -> None:
+    """Refuse shards to train on, or to choose the best epoch by, in which no label has two classes.
+
+    Raises:
+        InputError: Naming the split.
+    """
+    for split in ("train", "val"):
+        shares = manifest.prevalence.get(split, ())
+        if all(share in (0.0, 1.0) for share in shares):
+            why = "every label has one class only" if shares else "there is no row"
+            use = "learn from" if split == "train" else "choose the best epoch by"
+            raise InputError(
+                f"split {split}: {why}, so there is nothing to {use}; extract more patients or "
+                "give other lists in data.extract.split"
+            )

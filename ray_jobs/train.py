@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from data.errors import InputError
 from data.files import write_json
 from data.manifest import Manifest
+from data.shards import missing_classes, refuse_unlearnable
 from ray_jobs import cluster, lineage, supervise
 from ray_jobs import config as run_config
 from ray_jobs.runs import RunFolder
@@ -49,6 +50,9 @@ def run(config: RunConfig, *, fork: bool = False) -> Path:
     """
     manifest = Manifest.load(config.data.shards)
     lineage.check_shards(config, manifest)
+    refuse_unlearnable(manifest)
+    if lacking := missing_classes(manifest):
+        logger.warning("%s (%d such in all; see `rayfuse data describe`)", lacking[0], len(lacking))
     config = lineage.claim(config, manifest, fork=fork)
     folder = RunFolder(config.folder.absolute())
     if folder.outcome.is_file():

@@ -230,6 +230,19 @@ def test_shards_of_another_task_or_preset_are_refused(make_config, shards):
     lineage.check_shards(make_config(preset="code", data__allow_mixed=True), manifest)
 
 
+def test_shards_without_a_class_to_choose_by_are_refused(make_config, make_shards, tmp_path):
+    def one_class(rows):
+        for row in rows:
+            if row["split"] == "val":
+                row["labels"] = [0.0]
+
+    make_shards(tmp_path / "shards", rows=60, image_size=32, edit=one_class)
+    config = make_config(data__shards=tmp_path / "shards")
+    with pytest.raises(InputError, match="split val: every label has one class only"):
+        train.run(config)
+    assert not config.folder.exists()
+
+
 def test_a_run_in_training_refuses_a_second_process(make_config, shards):
     config = make_config()
     lineage.claim(config, Manifest.load(shards), fork=False)

@@ -11,6 +11,7 @@ import pytest
 from data.check import check, missing_classes
 from data.errors import InputError
 from data.files import sha256_file, sha256_json
+from data.shards import refuse_unlearnable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,3 +134,32 @@ def test_missing_classes_are_named(tmp_path: Path, make_sound: Callable[..., Man
     assert missing_classes(manifest) == ["split val has no positive row of 'In-hospital mortality'"]
     empty = manifest.model_copy(update={"splits": {**manifest.splits, "test": 0}})
     assert "split test has no rows" in missing_classes(empty)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_nothing_can_be_learnt_or_chosen_from_one_class(
+    tmp_path: Path, make_sound: Callable[..., Manifest], split: str, label: float
+) -> None:
+    def one_class(rows: Rows) -> None:
+        for row in rows:
+            if row["split"] == split:
+                row["labels"] = [label] * len(row["labels"])
+
+    with pytest.raises(InputError, match=f"split {split}: every label has one class only"):
+        refuse_unlearnable(make_sound(tmp_path / "a", rows=40, edit=one_class))
+    sound = make_sound(tmp_path / "b", rows=40)
+    refuse_unlearnable(sound)
+    missing = {name: part for name, part in sound.prevalence.items() if name != split}
+    with pytest.raises(InputError, match=f"split {split}: there is no row"):
+        refuse_unlearnable(sound.model_copy(update={"prevalence": missing}))
+
+
+def test_one_usable_label_is_enough(tmp_path: Path, make_sound: Callable[..., Manifest]) -> None:
+    def second_only(rows: Rows) -> None:
+        for row in rows:
+            row["labels"] = [0.0, row["labels"][1], *[1.0] * (len(row["labels"]) - 2)]
+
+    manifest = make_sound(tmp_path, rows=80, task="phenotyping_48h", edit=second_only)
+    refuse_unlearnable(manifest)
+    assert len(missing_classes(manifest)) >= 2 * 24
