@@ -190,7 +190,7 @@ def test_a_session_reads_the_shards_as_the_config_says(make_config, tmp_path):
         assert [len(batch) for batch in opened.val.epoch(0)] == [5, 5, 2], "validation never"
     assert [len(batch) for batch in rows[False]] == [5] * 7 + [1]
     assert rows[True] == rows[False][:7]
-    with pytest.raises(InputError, match="leaves nothing of 36 training rows"):
+    with pytest.raises(InputError, match="leaves nothing of 36 train rows"):
         session.open_session(
             make_config(train__drop_last=True, train__batch_size=64),
             train.RunFolder(tmp_path / "none"),
