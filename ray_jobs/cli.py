@@ -186,9 +186,13 @@ def main() -> None:
         cause = getattr(error, "cause", None) or error
         sys.stderr.write(f"rayfuse: {cause}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("rayfuse: interrupted; the same command continues where it was\n")
-        sys.exit(130)
+    except SystemExit as stop:
+        # Typer turns Ctrl-C into this exit, silently.
+        cause = getattr(stop.__context__, "__cause__", None)
+        if isinstance(cause, KeyboardInterrupt):
+            left = str(cause) or "interrupted; the same command continues where it was"
+            sys.stderr.write(f"rayfuse: {left}\n")
+        raise
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ray_jobs.cli import app
+from ray_jobs.cli import app, main
 
 ROOT = Path(__file__).parents[2]
 VERBS = {"doctor", "train", "evaluate", "report", "runs", "demo", "import-weights", "data"}
@@ -51,6 +51,30 @@ def test_a_fault_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert finished.stderr.startswith("rayfuse: ")
     assert "absent.yaml" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (KeyboardInterrupt("lstm: checkpoint written"), "rayfuse: lstm: checkpoint written\n"),
+        (KeyboardInterrupt(), "rayfuse: interrupted; the same command continues where it was\n"),
+    ],
+)
+def test_ctrl_c_says_what_is_left(
+    raised: BaseException,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(folder: Path) -> str:
+        raise raised
+
+    monkeypatch.setattr("ray_jobs.runs.listing", interrupted)
+    monkeypatch.setattr(sys, "argv", ["rayfuse", "runs"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == said
 
 
 def test_doctor_fails_when_a_run_could_not_start(tmp_path: Path) -> None:
