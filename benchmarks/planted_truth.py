@@ -287,6 +287,12 @@ def page(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_order(result["withheld"]), ""])
 
 
+def _epochs(model: str) -> str:
+    recipe = MODELS[model]
+    started = " and ".join(recipe.get("from", {}).values())
+    return f"{model} {recipe['epochs']}" + (f" (encoders from {started})" if started else "")
+
+
 def _order(curves: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     """Which differences at full withholding the intervals allow to state."""
     last = {model: curve[f"{SHARES[-1]:.2f}"] for model, curve in curves.items()}
