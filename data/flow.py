@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from data.config import Config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+T = TypeVar("T")
 
 
 class FlowStep(Config):
@@ -36,39 +38,30 @@ class Quarantined(Config):
 
 def merge_flows(flows: Iterable[Sequence[FlowStep]]) -> list[FlowStep]:
     """Sum the flows of partitions rule by rule, in the order in which rules first appear."""
-    merged: dict[tuple[str, str], FlowStep] = {}
-    for flow in flows:
-        for step in flow:
-            key = (step.rule, step.unit)
-            seen = merged.get(key)
-            merged[key] = (
-                step
-                if seen is None
-                else seen.model_copy(
-                    update={
-                        "rows_in": seen.rows_in + step.rows_in,
-                        "rows_out": seen.rows_out + step.rows_out,
-                    }
-                )
-            )
-    return list(merged.values())
+
+    def add(a: FlowStep, b: FlowStep) -> FlowStep:
+        rows = {"rows_in": a.rows_in + b.rows_in, "rows_out": a.rows_out + b.rows_out}
+        return a.model_copy(update=rows)
+
+    return _merge(flows, lambda step: (step.rule, step.unit), add)
 
 
 def merge_quarantine(parts: Iterable[Sequence[Quarantined]]) -> list[Quarantined]:
     """Sum the quarantines of partitions by place and reason, keeping five examples."""
-    merged: dict[tuple[str, str], Quarantined] = {}
+
+    def add(a: Quarantined, b: Quarantined) -> Quarantined:
+        examples = (*a.examples, *b.examples)[:5]
+        return a.model_copy(update={"count": a.count + b.count, "examples": examples})
+
+    return _merge(parts, lambda item: (item.place, item.reason), add)
+
+
+def _merge(
+    parts: Iterable[Sequence[T]], key: Callable[[T], tuple[str, str]], add: Callable[[T, T], T]
+) -> list[T]:
+    merged: dict[tuple[str, str], T] = {}
     for part in parts:
         for item in part:
-            key = (item.place, item.reason)
-            seen = merged.get(key)
-            merged[key] = (
-                item
-                if seen is None
-                else seen.model_copy(
-                    update={
-                        "count": seen.count + item.count,
-                        "examples": (*seen.examples, *item.examples)[:5],
-                    }
-                )
-            )
+            seen = merged.get(key(item))
+            merged[key(item)] = item if seen is None else add(seen, item)
     return list(merged.values())

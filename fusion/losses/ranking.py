@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import combinations
-
 import torch
 from torch import Tensor
 
@@ -26,28 +24,3 @@ def attention_ranking(attention: Tensor, losses: Tensor, margin: float = 0.0) ->
     better = losses.detach()[..., :, None] < losses.detach()[..., None, :]
     gap = attention[..., None, :] - attention[..., :, None] + margin
     return torch.where(better, gap.clamp_min(0.0), 0.0).sum((-2, -1)).mean(-1) / 2
-
-
-def pairwise_margin_ranking(attention: Tensor, losses: Tensor, margin: float = 0.0) -> Tensor:
-    """The released code's form, for comparison: no mean over rows, so not a term of training.
-
-    For each unordered pair a margin ranking loss whose target is the sign of the difference of
-    losses, summed over all rows and classes and divided by the number of entries above zero; then
-    the mean over pairs. It differs from `attention_ranking` by that divisor, which depends on the
-    data of all rows at once.
-
-    Args:
-        attention: [B, C, N] weights of the paired rows.
-        losses: [B, C, N] loss of each representation's own head.
-        margin: The code's value is 0.
-
-    Returns:
-        A scalar, >= 0.
-    """
-    fixed = losses.detach()
-    pairs = []
-    for i, j in combinations(range(attention.shape[-1]), 2):
-        target = torch.sign(fixed[..., j] - fixed[..., i])
-        entries = (margin - target * (attention[..., i] - attention[..., j])).clamp_min(0.0)
-        pairs.append(entries.sum() / (entries > 0).sum().clamp_min(1))
-    return torch.stack(pairs).mean()

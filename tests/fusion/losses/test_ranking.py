@@ -1,8 +1,36 @@
+from itertools import combinations
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from fusion.losses.ranking import attention_ranking, pairwise_margin_ranking
+from fusion.losses.ranking import attention_ranking
+
+
+def pairwise_margin_ranking(attention: Tensor, losses: Tensor, margin: float = 0.0) -> Tensor:
+    """The released code's form, for comparison: no mean over rows, so not a term of training.
+
+    For each unordered pair a margin ranking loss whose target is the sign of the difference of
+    losses, summed over all rows and classes and divided by the number of entries above zero; then
+    the mean over pairs. It differs from `attention_ranking` by that divisor, which depends on the
+    data of all rows at once.
+
+    Args:
+        attention: [B, C, N] weights of the paired rows.
+        losses: [B, C, N] loss of each representation's own head.
+        margin: The code's value is 0.
+
+    Returns:
+        A scalar, >= 0.
+    """
+    fixed = losses.detach()
+    pairs = []
+    for i, j in combinations(range(attention.shape[-1]), 2):
+        target = torch.sign(fixed[..., j] - fixed[..., i])
+        entries = (margin - target * (attention[..., i] - attention[..., j])).clamp_min(0.0)
+        pairs.append(entries.sum() / (entries > 0).sum().clamp_min(1))
+    return torch.stack(pairs).mean()
 
 
 def literal(attention: torch.Tensor, losses: torch.Tensor, margin: float) -> torch.Tensor:
