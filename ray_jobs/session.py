@@ -9,7 +9,7 @@ from data.tasks import task_spec
 from fusion import registry
 from fusion.tasks import Task
 from fusion.training import loop
-from fusion.training.initialise import initialise
+from fusion.training.initialise import initial_weights
 from fusion.training.metrics_log import MetricsLog, Silent
 from ray_jobs.supervise import stop_flag
 
@@ -51,7 +51,7 @@ def open_session(
     task = Task(task_spec(config.task))
     kind = registry.get(config.model.name)  # type: ignore[attr-defined]
     settings = loop.Settings(config.train, config.optim, config.checkpoint, config.seed)
-    model = loop.prepare(strategy, lambda: kind(config.model, task.spec), task, settings)
+    loop.prepare(strategy, lambda: kind(config.model, task.spec), settings)
     return loop.Session(
         strategy,
         task,
@@ -60,6 +60,6 @@ def open_session(
         stream("val"),
         folder.path,
         log=MetricsLog(folder.metrics) if strategy.rank == 0 else Silent(),
-        initialise=lambda: initialise(model, config.init_from),
+        initial=lambda shapes: initial_weights(shapes, config.init_from),
         stop_requested=stop_flag(folder.path / stop, strategy.rank),
     )

@@ -19,16 +19,17 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import InputError
 from data.files import atomic_path, sha256_file, write_json, write_text
+from fusion.training.strategy import refuse_leftovers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
 
     from fusion.training.strategy import Strategy
 
-FORMAT = 1
+FORMAT = 2
 COMPLETE = "COMPLETE"
 META = "meta.json"
 WEIGHTS = "model.safetensors"
@@ -77,7 +78,8 @@ def save(
     hashes = {
         f"{own.name}/{name}": _write(own / name, tensors)
         for name, tensors in {
-            "state.safetensors": dict(strategy.state()),
+            "weights.safetensors": dict(strategy.weights()),
+            "moments.safetensors": dict(strategy.moments()),
             "random.safetensors": random_state(strategy.device),
         }.items()
     }
@@ -125,25 +127,71 @@ def verify(checkpoint: Path) -> str | None:
     return None
 
 
-def load(checkpoint: Path, meta: dict[str, Any], strategy: Strategy, seed: int) -> None:
-    """Take up a verified checkpoint, on any number of workers.
+@dataclass(frozen=True)
+class Held:
+    """What a verified checkpoint holds.
 
-    The random state continues where it was on as many workers as before; on another number each
-    worker draws a new one from (seed, step, rank).
-
-    Raises:
-        InputError: It is the checkpoint of another model.
+    Attributes:
+        path: Its folder.
+        meta: Its meta.json.
     """
-    tensors: dict[str, Tensor] = {}
-    for name in meta["files"]:
-        if name.endswith("/state.safetensors"):
-            tensors.update(load_file(checkpoint / name))
-    strategy.load_state(tensors)
-    if meta["world"] == strategy.world:
-        own = checkpoint / f"rank-{strategy.rank:04d}" / "random.safetensors"
-        set_random_state(load_file(own), strategy.device)
-    else:
-        seed_worker(seed, strategy.rank, int(meta["progress"]["updates"]))
+
+    path: Path
+    meta: dict[str, Any]
+
+    def weights(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Every parameter and buffer.
+
+        Args:
+            shapes: Of the model that is to be filled.
+
+        Raises:
+            InputError: It is the checkpoint of another model.
+        """
+        found = self._merged("weights.safetensors")
+        for name, shape in shapes.items():
+            if name not in found:
+                raise InputError(
+                    f"the checkpoint lacks {name!r}; continue with the run's own config, or start "
+                    "a new run"
+                )
+            if found[name].shape != shape:
+                raise InputError(
+                    f"the checkpoint's {name!r} has shape {tuple(found[name].shape)}, but the "
+                    f"model's has {tuple(shape)}; continue with the run's own config"
+                )
+        refuse_leftovers(found.keys() - shapes.keys())
+        return found
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizers' slots."""
+        return self._merged("moments.safetensors")
+
+    def restore_random(self, strategy: Strategy, seed: int) -> None:
+        """Continue torch's generators.
+
+        On as many workers as before they continue where they were; on another number each worker
+        draws new ones from (seed, step, rank).
+        """
+        if self.meta["world"] == strategy.world:
+            own = self.path / f"rank-{strategy.rank:04d}" / "random.safetensors"
+            set_random_state(load_file(own), strategy.device)
+        else:
+            seed_worker(seed, strategy.rank, int(self.meta["progress"]["updates"]))
+
+    def _merged(self, kind: str) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name in self.meta["files"]:
+            if name.endswith(f"/{kind}"):
+                tensors.update(load_file(self.path / name))
+        return tensors
+
+
+def read(found: Found) -> Held:
+    """What `newest_complete` found."""
+    assert found.path is not None
+    return Held(found.path, found.meta)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

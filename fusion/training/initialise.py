@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from data.errors import InputError
 from fusion.training.checkpoint import read_weights
 from fusion.training.optim import matches
@@ -15,31 +13,34 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from torch import Tensor, nn
+    import torch
+    from torch import Tensor
 
 
-@torch.no_grad()
-def initialise(model: nn.Module, sources: Mapping[str, Path]) -> None:
-    """Copy every parameter and buffer below each prefix from its source, under the same name.
+def initial_weights(
+    shapes: Mapping[str, torch.Size], sources: Mapping[str, Path]
+) -> dict[str, Tensor]:
+    """Every parameter and buffer below each prefix from its source, under the same name.
 
     Args:
-        model: Changed in place.
+        shapes: Of the model's parameters and buffers.
         sources: Prefix ("" is the whole model) -> run folder (its best/), or weights file.
 
     Raises:
         InputError: A source cannot be read, or lacks a name, or has it in another shape.
     """
-    state = model.state_dict()
+    weights: dict[str, Tensor] = {}
     for prefix, source in sources.items():
-        wanted = [name for name in state if matches(name, prefix)]
+        wanted = [name for name in shapes if matches(name, prefix)]
         if not wanted:
-            tops = dict.fromkeys(name.split(".")[0] for name in state)
+            tops = dict.fromkeys(name.split(".")[0] for name in shapes)
             raise InputError(
                 f"init_from.{prefix}: the model has no such submodule; it has {', '.join(tops)}"
             )
         found = _read(source)
         for name in wanted:
-            state[name].copy_(_matching(found, name, state[name], f"init_from.{prefix}: {source}"))
+            weights[name] = _matching(found, name, shapes[name], f"init_from.{prefix}: {source}")
+    return weights
 
 
 def _read(source: Path) -> dict[str, Tensor]:
@@ -50,13 +51,13 @@ def _read(source: Path) -> dict[str, Tensor]:
     return read_state(source)
 
 
-def _matching(found: Mapping[str, Tensor], name: str, target: Tensor, where: str) -> Tensor:
+def _matching(found: Mapping[str, Tensor], name: str, shape: torch.Size, where: str) -> Tensor:
     if name not in found:
         tops = ", ".join(dict.fromkeys(other.split(".")[0] for other in found))
         raise InputError(f"{where} has no {name!r}; it holds {tops}")
-    if found[name].shape != target.shape:
+    if found[name].shape != shape:
         raise InputError(
             f"{where}: {name} has shape {tuple(found[name].shape)}, but the model's has "
-            f"{tuple(target.shape)}; use the same sizes in both runs"
+            f"{tuple(shape)}; use the same sizes in both runs"
         )
     return found[name]

@@ -13,18 +13,18 @@ import torch
 
 from data.errors import InputError
 from fusion.training import checkpoint
+from fusion.training.meter import Meter
 from fusion.training.metrics_log import Log, Silent
 from fusion.training.objective import MicroBatch, Objective, census, cut, placeholder
-from fusion.training.optimizers import build_schedules, train_mode
+from fusion.training.optimizers import Schedule, freeze, train_mode
 from fusion.training.predict import Predictions, merge, predict, selection_score
 from fusion.training.progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
-    from torch.optim.lr_scheduler import ReduceLROnPlateau
 
     from data.schema import Batch, BatchStream
     from fusion.model import FusionModel
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fusion.training.strategy import Strategy
 
 Ending = Literal["epochs", "patience", "interrupted"]
+Stage = Literal["data", "census", "step", "validation", "checkpoint"]
 PLACEHOLDER_SIZE = 32
 
 
@@ -60,18 +61,20 @@ class Session:
     """One worker's part in a run.
 
     Attributes:
-        strategy: Holds the prepared model and its optimizers.
+        strategy: Holds the model that `prepare` built.
         task: The loss and the probabilities.
         settings: The loop's config.
         train: This worker's shares of each training step.
         val: This worker's shares of the validation split.
         folder: Where checkpoints/ and best/ are.
         log: Where metrics go; silent on all workers but the first.
-        initialise: Called on every worker of a run that has no checkpoint, before its first step.
+        initial: From the shapes of all parameters and buffers to the values that some of them
+            start with, in a run that has no checkpoint; called on every worker.
         document: What every checkpoint's meta.json carries (the resolved config, versions).
         stop_requested: Asked before each step on every worker; True on any ends the run with a
             checkpoint.
         after_validation: Called on every worker with the validation's values.
+        beat: Told on every worker what it is about to do, and at which step.
     """
 
     strategy: Strategy
@@ -81,13 +84,17 @@ class Session:
     val: BatchStream
     folder: Path
     log: Log = field(default_factory=Silent)
-    initialise: Callable[[], None] = lambda: None
+    initial: Callable[[Mapping[str, torch.Size]], Mapping[str, Tensor]] = lambda shapes: {}
     document: dict[str, Any] = field(default_factory=dict)
     stop_requested: Callable[[], bool] = lambda: False
     after_validation: Callable[[dict[str, float]], None] = lambda values: None
+    beat: Callable[[Stage, Progress], None] = lambda stage, progress: None
     progress: Progress = field(default_factory=Progress)
-    schedules: list[ReduceLROnPlateau] = field(default_factory=list)
-    meter: Meter = field(default_factory=lambda: Meter())
+    schedule: Schedule = field(init=False)
+    meter: Meter = field(default_factory=Meter)
+
+    def __post_init__(self) -> None:
+        self.schedule = Schedule(self.settings.optim)
 
     @property
     def checkpoints(self) -> Path:
@@ -95,43 +102,17 @@ class Session:
         return self.folder / "checkpoints"
 
 
-class Meter:
-    """Sums of what was minimised since the last line of the log."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._rows: dict[str, Tensor] = {}
-        self.steps = 0
-
-    def add(self, name: str, total: Tensor, rows: Tensor) -> None:
-        """Add this worker's sum of a term, and the rows that the whole step counts for it."""
-        self._sums[name] = self._sums.get(name, 0) + total.double()
-        self._rows[name] = self._rows.get(name, 0) + rows.double()
-
-    def means(self, strategy: Strategy) -> dict[str, float]:
-        """The mean of each term over all workers, each of whom calls it."""
-        names = sorted(self._sums)
-        if not names:
-            return {}
-        totals = strategy.sum(torch.stack([self._sums[name] for name in names]))
-        rows = torch.stack([self._rows[name] for name in names]).to(totals.device)
-        values = (totals / rows).tolist()
-        return {
-            name: value for name, value, n in zip(names, values, rows.tolist(), strict=True) if n
-        }
-
-
 def prepare(
-    strategy: Strategy, factory: Callable[[], FusionModel], task: Task, settings: Settings
+    strategy: Strategy, factory: Callable[[], FusionModel], settings: Settings
 ) -> FusionModel:
-    """Build a model from the seed, alike on every worker, and make it ready to train.
+    """Build a model from the seed, alike on every worker.
 
     Raises:
         InputError: `optim.group_lr` names no parameter, or freezes a whole phase.
     """
     torch.manual_seed(settings.seed)
     model = strategy.build(factory, settings.train)
-    strategy.prepare(Objective(model, task, settings.train), settings.optim)
+    freeze(model, settings.optim)
     checkpoint.seed_worker(settings.seed, strategy.rank)
     return model
 
@@ -148,8 +129,7 @@ def fit(session: Session) -> Ending:
             label of both classes. The last checkpoint stays as it was.
     """
     config = session.settings.train
-    session.schedules = build_schedules(session.strategy.optimizers, session.settings.optim)
-    _resume(session)
+    start(session)
     progress = session.progress
     while not progress.finished(config):
         # A run stopped right after a validation does not count it twice.
@@ -165,6 +145,37 @@ def fit(session: Session) -> Ending:
     if config.restore == "last":
         _write_best(session, selected="last")
     return "patience" if progress.exhausted(config) else "epochs"
+
+
+def start(session: Session) -> None:
+    """Fill the model from the newest complete checkpoint, or else as `initial` says; then prepare.
+
+    Raises:
+        InputError: The checkpoint or the initial weights are of another model.
+    """
+    strategy, settings = session.strategy, session.settings
+    found = strategy.share(
+        checkpoint.newest_complete(session.checkpoints) if strategy.rank == 0 else None
+    )
+    assert found is not None
+    held = checkpoint.read(found) if found.path else None
+    shapes = strategy.shapes()
+    strategy.load_weights(held.weights(shapes) if held else session.initial(shapes))
+    objective = Objective(strategy.model, session.task, settings.train)
+    strategy.prepare(objective, settings.optim)
+    if held:
+        strategy.load_moments(held.moments)
+        held.restore_random(strategy, settings.seed)
+        session.progress = Progress(**found.meta["progress"])
+        session.schedule.load(found.meta["schedule"])
+        session.schedule.apply(strategy.optimizers)
+    event = {
+        "event": "start",
+        "updates": session.progress.updates,
+        "world": strategy.world,
+        "skipped": found.skipped,
+    }
+    session.log.write("event", session.progress, event)
 
 
 def train_step(session: Session, share: Batch | None, counts: Tensor) -> None:
@@ -213,12 +224,14 @@ def _train_epoch(session: Session) -> bool:
     strategy, progress, settings = session.strategy, session.progress, session.settings
     train_mode(strategy.model)
     every = settings.checkpoint.every_steps
-    for share in session.train.epoch(progress.epoch, progress.step):
+    for share in _shares(session):
+        session.beat("census", progress)
         asked = torch.tensor([float(session.stop_requested())], dtype=torch.float64)
         totals = strategy.sum(torch.cat([census(share), asked]))
         if totals[-1] > 0:
             _save(session)
             return False
+        session.beat("step", progress)
         train_step(session, share, totals[:-1])
         progress.step += 1
         progress.updates += 1
@@ -233,9 +246,19 @@ def _train_epoch(session: Session) -> bool:
     return True
 
 
+def _shares(session: Session) -> Iterator[Batch | None]:
+    """The rest of the epoch; told before each share that it is waited for."""
+    progress = session.progress
+    session.beat("data", progress)
+    for share in session.train.epoch(progress.epoch, progress.step):
+        yield share
+        session.beat("data", progress)
+
+
 def _validate(session: Session) -> None:
     """Score the validation split, alike on all workers; keep the weights if they are the best."""
     strategy, progress = session.strategy, session.progress
+    session.beat("validation", progress)
     predictions = evaluate_model(session, session.val)
     metric = session.settings.train.selection_metric
     # One worker decides: a sum in another order could tip a comparison.
@@ -245,8 +268,8 @@ def _validate(session: Session) -> None:
         raise AgreedError(str(error)) from None
     score, loss = strategy.share((own, predictions.loss / len(predictions.rows)))
     better = progress.record(score)
-    for schedule in session.schedules:
-        schedule.step(loss)
+    session.schedule.step(loss)
+    session.schedule.apply(strategy.optimizers)
     values = {metric: score, "loss": loss, "lr": _rate(session), "rows": len(predictions.rows)}
     session.log.write("val", progress, {**values, "best": better})
     if better and session.settings.train.restore == "best":
@@ -302,11 +325,12 @@ def _steps(session: Session) -> int:
 
 
 def _save(session: Session) -> None:
+    session.beat("checkpoint", session.progress)
     _log_training(session)
     meta = {
         **session.document,
         "progress": session.progress.dump(),
-        "schedules": [schedule.state_dict() for schedule in session.schedules],
+        "schedule": session.schedule.dump(),
     }
     keep = session.settings.checkpoint.num_to_keep
     checkpoint.save(
@@ -322,29 +346,3 @@ def _write_best(session: Session, selected: Literal["best", "last"]) -> None:
         meta = {**session.document, "progress": session.progress.dump(), "selected": selected}
         checkpoint.write_weights(session.folder / "best", session.strategy.model, meta)
     session.strategy.share(None)
-
-
-def _resume(session: Session) -> None:
-    strategy = session.strategy
-    found = strategy.share(
-        checkpoint.newest_complete(session.checkpoints) if strategy.rank == 0 else None
-    )
-    assert found is not None
-    if found.path is None:
-        session.initialise()
-    else:
-        checkpoint.load(found.path, found.meta, strategy, session.settings.seed)
-        session.progress = Progress(**found.meta["progress"])
-        for schedule, state in zip(session.schedules, found.meta["schedules"], strict=True):
-            schedule.load_state_dict(state)
-            for group, rate in zip(
-                schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True
-            ):
-                group["lr"] = rate
-    event = {
-        "event": "start",
-        "updates": session.progress.updates,
-        "world": strategy.world,
-        "skipped": found.skipped,
-    }
-    session.log.write("event", session.progress, event)

@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from fusion.model import Phase
+    from fusion.model import FusionModel, Phase
     from fusion.training.optim import OptimConfig
 
 
-def freeze(model: nn.Module, config: OptimConfig) -> None:
+def freeze(model: FusionModel, config: OptimConfig) -> None:
     """Take the parameters whose rate is 0 out of training.
 
     Raises:
-        InputError: A prefix of `group_lr` matches no parameter, or its rate is negative.
+        InputError: A prefix of `group_lr` matches no parameter, its rate is negative, or a phase
+            has no trainable parameter left.
     """
     names = [name for name, _ in model.named_parameters()]
     for prefix, lr in config.group_lr.items():
@@ -39,6 +40,12 @@ def freeze(model: nn.Module, config: OptimConfig) -> None:
     for name, parameter in model.named_parameters():
         if rate(name, config) == 0:
             parameter.requires_grad_(False)
+    for phase in model.phases:
+        if not phase_parameters(model, phase):
+            raise InputError(
+                f"phase {phase.name!r} has no trainable parameter: optim.group_lr freezes them "
+                "all; give one of its prefixes a rate above 0"
+            )
 
 
 def train_mode(model: nn.Module) -> None:
@@ -56,11 +63,7 @@ def train_mode(model: nn.Module) -> None:
 def build_optimizers(
     model: nn.Module, phases: Sequence[Phase], config: OptimConfig
 ) -> list[Optimizer]:
-    """One optimizer a phase, over the trainable parameters that the phase updates.
-
-    Raises:
-        InputError: A phase has no trainable parameter left.
-    """
+    """One optimizer a phase, over the trainable parameters that the phase updates."""
     return [_build(model, phase, config) for phase in phases]
 
 
@@ -74,30 +77,47 @@ def phase_parameters(model: nn.Module, phase: Phase) -> dict[str, nn.Parameter]:
     }
 
 
-def build_schedules(
-    optimizers: Sequence[Optimizer], config: OptimConfig
-) -> list[ReduceLROnPlateau]:
-    """One schedule an optimizer, stepped with the validation loss; none for `constant`."""
-    if config.schedule == "constant":
-        return []
-    return [
-        ReduceLROnPlateau(optimizer, factor=config.plateau_factor, patience=config.plateau_patience)
-        for optimizer in optimizers
-    ]
+class Schedule:
+    """A factor on every group's initial rate: the same in all optimizers and strategies."""
+
+    def __init__(self, config: OptimConfig) -> None:
+        # torch's schedulers move the rate of an optimizer: here that of a stand-in, from 1.
+        self._unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        self._plateau: ReduceLROnPlateau | None = None
+        if config.schedule == "plateau":
+            self._plateau = ReduceLROnPlateau(
+                self._unit, factor=config.plateau_factor, patience=config.plateau_patience
+            )
+
+    def step(self, loss: float) -> None:
+        """Take note of a validation loss."""
+        if self._plateau is not None:
+            self._plateau.step(loss)
+
+    def apply(self, optimizers: Sequence[Optimizer]) -> None:
+        """Set every group's rate."""
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self._unit.param_groups[0]["lr"]
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON."""
+        return {} if self._plateau is None else dict(self._plateau.state_dict())
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue where `dump` was."""
+        if self._plateau is not None:
+            self._plateau.load_state_dict(state)
+            self._unit.param_groups[0]["lr"] = self._plateau.get_last_lr()[0]
 
 
 def _build(model: nn.Module, phase: Phase, config: OptimConfig) -> Optimizer:
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in phase_parameters(model, phase).items():
         groups.setdefault(rate(name, config), []).append(parameter)
-    if not groups:
-        raise InputError(
-            f"phase {phase.name!r} has no trainable parameter: optim.group_lr freezes them all; "
-            "give one of its prefixes a rate above 0"
-        )
     kind: Any = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
     optimizer: Optimizer = kind(
-        [{"params": members, "lr": lr} for lr, members in groups.items()],
+        [{"params": members, "lr": lr, "initial_lr": lr} for lr, members in groups.items()],
         betas=config.betas,
         weight_decay=config.weight_decay,
     )

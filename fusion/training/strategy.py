@@ -14,10 +14,10 @@ from torch import Tensor, distributed, nn
 
 from data.errors import InputError
 from fusion.training import batch_norm
-from fusion.training.optimizers import build_optimizers, freeze, phase_parameters
+from fusion.training.optimizers import build_optimizers, phase_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from torch.optim import Optimizer
 
@@ -44,8 +44,16 @@ class Strategy(Protocol):
         """Build the model on this worker's device."""
         ...
 
+    def shapes(self) -> dict[str, torch.Size]:
+        """The whole shape of every parameter and persistent buffer, by name."""
+        ...
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill parameters and buffers, whole, by name; after `build`, before `prepare`."""
+        ...
+
     def prepare(self, objective: Objective, config: OptimConfig) -> None:
-        """Freeze, make the optimizers, wrap the objective; every worker has equal weights after."""
+        """Make the optimizers, wrap the objective; every worker has equal weights after."""
         ...
 
     def forward(self, *inputs: Any) -> Any:
@@ -84,16 +92,28 @@ class Strategy(Protocol):
         """Give every worker the buffers of worker 0, before they are evaluated or saved."""
         ...
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """The part of the trainable state that this worker owns, whatever the topology.
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters and persistent buffers that this worker owns, whole, by name.
 
-        Keys: weight/<parameter>, buffer/<name>, and <slot>/<phase>/<parameter> for each slot of
-        the optimizer (exp_avg, exp_avg_sq, step).
+        Every worker runs it to its end: a sharded tensor is gathered for its owner.
         """
         ...
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up a state that any strategy on any number of workers gave."""
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimizers' slots of the parameters that this worker owns, as `weights`.
+
+        Keys: <slot>/<phase>/<parameter>; slots are exp_avg, exp_avg_sq, step.
+        """
+        ...
+
+    def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up the optimizers' slots that any strategy on any number of workers gave.
+
+        After `prepare`.
+
+        Raises:
+            InputError: They are of another model.
+        """
         ...
 
 
@@ -122,9 +142,19 @@ class Single:
         self.model = model
         return model
 
+    def shapes(self) -> dict[str, torch.Size]:
+        """The whole shape of every parameter and persistent buffer, by name."""
+        return {name: value.shape for name, value in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill parameters and buffers by name."""
+        own = self.model.state_dict()
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
     def prepare(self, objective: Objective, config: OptimConfig) -> None:
-        """Freeze, make the optimizers, wrap the objective."""
-        freeze(self.model, config)
+        """Make the optimizers, wrap the objective."""
         self.optimizers = build_optimizers(self.model, self.model.phases, config)
         self._wrapped = objective
 
@@ -168,34 +198,27 @@ class Single:
     def align(self) -> None:
         """Nothing to align."""
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """This worker's part of weights, buffers and moments."""
-        for name, parameter in self.model.named_parameters():
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """This worker's part of parameters and buffers."""
+        for name, value in self.model.state_dict().items():
             if owner(name, self.world) == self.rank:
-                yield f"weight/{name}", parameter.detach()
-        for name, buffer in persistent_buffers(self.model).items():
-            if owner(name, self.world) == self.rank:
-                yield f"buffer/{name}", buffer
+                yield name, value
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """This worker's part of the optimizers' slots."""
         for phase, optimizer in zip(self.model.phases, self.optimizers, strict=True):
             for name, parameter in phase_parameters(self.model, phase).items():
                 if owner(name, self.world) == self.rank and parameter in optimizer.state:
                     for slot, value in optimizer.state[parameter].items():
                         yield f"{slot}/{phase.name}/{name}", value
 
-    @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up weights, buffers and moments.
+    def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up the optimizers' slots.
 
         Raises:
-            InputError: The state is of another model: a name is missing or left over, or a shape
-                differs.
+            InputError: They are of another model.
         """
         unused = set(tensors)
-        targets = {f"weight/{name}": value for name, value in self.model.named_parameters()}
-        buffers = persistent_buffers(self.model)
-        for key, target in {**targets, **{f"buffer/{n}": b for n, b in buffers.items()}}.items():
-            target.copy_(_matching(tensors, key, target))
-            unused.discard(key)
         for phase, optimizer in zip(self.model.phases, self.optimizers, strict=True):
             for name, parameter in phase_parameters(self.model, phase).items():
                 tail = f"/{phase.name}/{name}"
@@ -205,11 +228,7 @@ class Single:
                     for slot, key in sorted(slots.items())
                 }
                 unused -= set(slots.values())
-        if unused:
-            raise InputError(
-                f"the checkpoint holds {sorted(unused)[0]!r}, which this model has not "
-                f"({len(unused)} such entries); continue with the run's own config"
-            )
+        refuse_leftovers(unused)
 
 
 class DataParallel(Single):
@@ -234,7 +253,7 @@ class DataParallel(Single):
         return model
 
     def prepare(self, objective: Objective, config: OptimConfig) -> None:
-        """Freeze, make the optimizers, wrap the objective; weights become those of worker 0."""
+        """Make the optimizers, wrap the objective; weights become those of worker 0."""
         super().prepare(objective, config)
         self._wrapped = nn.parallel.DistributedDataParallel(
             objective,
@@ -294,15 +313,14 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in parameters}
 
 
-def _matching(tensors: Mapping[str, Tensor], key: str, target: Tensor) -> Tensor:
-    if key not in tensors:
+def refuse_leftovers(unused: Collection[str]) -> None:
+    """Refuse entries of a checkpoint that found no place.
+
+    Raises:
+        InputError: There are some.
+    """
+    if unused:
         raise InputError(
-            f"the checkpoint lacks {key!r}; continue with the run's own config, or start a new run"
+            f"the checkpoint holds {min(unused)!r}, which this model has not "
+            f"({len(unused)} such entries); continue with the run's own config"
         )
-    value = tensors[key]
-    if value.shape != target.shape:
-        raise InputError(
-            f"the checkpoint's {key!r} has shape {tuple(value.shape)}, but the model's has "
-            f"{tuple(target.shape)}; continue with the run's own config"
-        )
-    return value

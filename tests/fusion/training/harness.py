@@ -221,7 +221,7 @@ def session(job: Job, rank: int = 0) -> loop.Session:
     if job.poison is not None:
         rows[job.poison]["ehr"][:] = np.nan
     task, chosen = Task(SPEC), settings(job)
-    loop.prepare(strategy, factory(job), task, chosen)
+    loop.prepare(strategy, factory(job), chosen)
     made = loop.Session(
         strategy,
         task,

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from data.errors import InputError
 from data.schema import MODALITIES
 from fusion.training import metrics_log
-from fusion.training.initialise import initialise
+from fusion.training.initialise import initial_weights
 from fusion.training.objective import census, cut, placeholder, population
 from fusion.training.predict import selection_score
 from fusion.training.progress import Progress
+from fusion.training.strategy import Single
 
 
 def test_the_census_counts_every_set_of_modalities(harness):
@@ -81,15 +82,21 @@ def test_what_a_killed_attempt_wrote_beyond_its_checkpoint_is_left_out(tmp_path)
     assert len(list((tmp_path / "tensorboard").rglob("*tfevents*"))) == 2
 
 
+def fill(model, sources):
+    strategy = Single()
+    strategy.model = model
+    strategy.load_weights(initial_weights(strategy.shapes(), sources))
+
+
 def test_a_submodule_starts_from_a_weights_file(harness, tmp_path):
     source, target = harness.Toy(), harness.Toy()
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
     before = target.head.weight.clone()
-    initialise(target, {"ehr": tmp_path / "weights.safetensors"})
+    fill(target, {"ehr": tmp_path / "weights.safetensors"})
     assert torch.equal(target.ehr.weight, source.ehr.weight)
     assert torch.equal(target.ehr.bias, source.ehr.bias)
     assert torch.equal(target.head.weight, before)
-    initialise(target, {"": tmp_path / "weights.safetensors"})
+    fill(target, {"": tmp_path / "weights.safetensors"})
     assert torch.equal(target.head.weight, source.head.weight)
 
 
@@ -107,9 +114,9 @@ def test_a_source_that_does_not_fit_is_refused(harness, tmp_path, prefix, change
     path = tmp_path / "weights.safetensors"
     save_file({name: value for name, value in state.items() if value is not None}, path)
     with pytest.raises(InputError, match=message):
-        initialise(harness.Toy(), {prefix: path})
+        fill(harness.Toy(), {prefix: path})
 
 
 def test_a_missing_source_is_refused(harness, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
-        initialise(harness.Toy(), {"ehr": tmp_path / "nowhere"})
+        fill(harness.Toy(), {"ehr": tmp_path / "nowhere"})

@@ -66,6 +66,7 @@ def test_a_group_moves_by_its_own_rate(harness, tmp_path):
         optim={"lr": 0.01, "group_lr": {"ehr": 0.1}},
     )
     session = harness.session(job)
+    loop.start(session)
     before = weights(session)
     share = next(session.train.epoch(0))
     loop.train_step(session, share, loop.census(share))
@@ -96,6 +97,7 @@ def test_freezing_a_whole_phase_is_refused(harness):
 def test_a_phase_steps_its_own_parameters_as_often_as_it_says(harness, tmp_path):
     job = harness.Job(folder=str(tmp_path), out="", strategy="single", options={"phased": True})
     session = harness.session(job)
+    loop.start(session)
     stepped = []
     model = session.strategy.model
     for phase, optimizer in zip(model.phases, session.strategy.optimizers, strict=True):
@@ -118,6 +120,7 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient(harness, tmp_path):
             folder=str(tmp_path), out="", strategy="single", optim={"clip_norm": limit}
         )
         session = harness.session(job)
+        loop.start(session)
         norms = []
         model = session.strategy.model
         session.strategy.optimizers[0].register_step_pre_hook(
