@@ -36,6 +36,7 @@ _FREE = (
     "note",
     "runs_dir",
     "scaling",
+    "checkpoint",
     "evaluate",
     "data.shards",
     "data.sources",

@@ -93,6 +93,25 @@ def save(
     return target
 
 
+def lacking_space(folder: Path, shapes: Mapping[str, torch.Size], num_to_keep: int) -> str | None:
+    """What is wrong with the free space of a run's folder, or None.
+
+    Counted: fp32 weights and two moments for each checkpoint that is kept and for the one being
+    written beside them, and the best weights twice, less what the folder holds already.
+    """
+    weights = 4 * sum(shape.numel() for shape in shapes.values())
+    needed = weights * (3 * (num_to_keep + 1) + 2)
+    held = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    if free + held >= needed:
+        return None
+    return (
+        f"{folder}: {free / 1e9:.2f} GB free, but {num_to_keep} checkpoints and the best weights "
+        f"take up to {needed / 1e9:.2f} GB; free space there, set runs_dir to another disk, or "
+        "lower checkpoint.num_to_keep"
+    )
+
+
 def newest_complete(folder: Path) -> Found:
     """The newest checkpoint whose every hash holds."""
     skipped: dict[str, str] = {}

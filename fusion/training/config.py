@@ -54,4 +54,6 @@ class CheckpointConfig(Config):
 
     every_steps: int | None = Field(default=None, ge=1)
     """Also within an epoch; at the end of every epoch in any case."""
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Also when the last one is that old, by worker 0's clock, after the step in hand."""
     num_to_keep: int = Field(default=2, ge=1)

@@ -6,6 +6,7 @@ term is divided by the rows it counts over the whole step.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,6 +76,7 @@ class Session:
             checkpoint.
         after_validation: Called on every worker with the validation's values.
         beat: Told on every worker what it is about to do, and at which step.
+        clock: Seconds, from any moment on.
     """
 
     strategy: Strategy
@@ -89,12 +91,14 @@ class Session:
     stop_requested: Callable[[], bool] = lambda: False
     after_validation: Callable[[dict[str, float]], None] = lambda values: None
     beat: Callable[[Stage, Progress], None] = lambda stage, progress: None
+    clock: Callable[[], float] = time.monotonic
     progress: Progress = field(default_factory=Progress)
     schedule: Schedule = field(init=False)
     meter: Meter = field(default_factory=Meter)
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(self.settings.optim)
+        self.saved_at = self.clock()
 
     @property
     def checkpoints(self) -> Path:
@@ -151,7 +155,8 @@ def start(session: Session) -> None:
     """Fill the model from the newest complete checkpoint, or else as `initial` says; then prepare.
 
     Raises:
-        InputError: The checkpoint or the initial weights are of another model.
+        InputError: The checkpoint or the initial weights are of another model, or the disk is too
+            small for the run's checkpoints.
     """
     strategy, settings = session.strategy, session.settings
     found = strategy.share(
@@ -160,6 +165,8 @@ def start(session: Session) -> None:
     assert found is not None
     held = checkpoint.read(found) if found.path else None
     shapes = strategy.shapes()
+    if fault := strategy.share(_lacking_space(session, shapes)):
+        raise AgreedError(fault)
     strategy.load_weights(held.weights(shapes) if held else session.initial(shapes))
     objective = Objective(strategy.model, session.task, settings.train)
     strategy.prepare(objective, settings.optim)
@@ -226,24 +233,42 @@ def _train_epoch(session: Session) -> bool:
     every = settings.checkpoint.every_steps
     for share in _shares(session):
         session.beat("census", progress)
-        asked = torch.tensor([float(session.stop_requested())], dtype=torch.float64)
-        totals = strategy.sum(torch.cat([census(share), asked]))
-        if totals[-1] > 0:
+        asked = [float(session.stop_requested()), float(_due(session))]
+        totals = strategy.sum(torch.cat([census(share), torch.tensor(asked, dtype=torch.float64)]))
+        stop, due = (totals[-2:] > 0).tolist()
+        if stop:
             _save(session)
             return False
         session.beat("step", progress)
-        train_step(session, share, totals[:-1])
+        train_step(session, share, totals[:-2])
         progress.step += 1
         progress.updates += 1
         session.meter.steps += 1
         if session.meter.steps == settings.train.log_every_steps:
             _log_training(session)
-        if every and progress.updates % every == 0 and progress.step < _steps(session):
+        asked_for = due or (every and progress.updates % every == 0)
+        if asked_for and progress.step < _steps(session):
             _save(session)
     _log_training(session)
     progress.epoch += 1
     progress.step = 0
     return True
+
+
+def _lacking_space(session: Session, shapes: Mapping[str, torch.Size]) -> str | None:
+    if session.strategy.rank:
+        return None
+    session.folder.mkdir(parents=True, exist_ok=True)
+    keep = session.settings.checkpoint.num_to_keep
+    return checkpoint.lacking_space(session.folder, shapes, keep)
+
+
+def _due(session: Session) -> bool:
+    """Whether worker 0 finds the last checkpoint too old."""
+    minutes = session.settings.checkpoint.every_minutes
+    if minutes is None or session.strategy.rank:
+        return False
+    return session.clock() - session.saved_at >= 60 * minutes
 
 
 def _shares(session: Session) -> Iterator[Batch | None]:
@@ -336,6 +361,7 @@ def _save(session: Session) -> None:
     checkpoint.save(
         session.checkpoints, session.progress.updates, session.strategy, meta, num_to_keep=keep
     )
+    session.saved_at = session.clock()
     session.log.write("event", session.progress, {"event": "checkpoint"})
     session.log.rotate()
 

@@ -96,6 +96,8 @@ class Job:
     train: dict = field(default_factory=dict)
     optim: dict = field(default_factory=dict)
     every_steps: int | None = None
+    every_minutes: float | None = None
+    step_minutes: float = 0.0
     seed: int = 3
     rows: int = 17
     images: tuple = (0, 1, 2, 3)
@@ -206,7 +208,7 @@ def settings(job: Job) -> loop.Settings:
     return loop.Settings(
         TrainConfig(**{"epochs": 2, "batch_size": 8, "log_every_steps": 1, **job.train}),
         OptimConfig(**{"lr": 1e-2, **job.optim}),
-        CheckpointConfig(every_steps=job.every_steps),
+        CheckpointConfig(every_steps=job.every_steps, every_minutes=job.every_minutes),
         job.seed,
     )
 
@@ -232,6 +234,10 @@ def session(job: Job, rank: int = 0) -> loop.Session:
         log=Lines(),
         document={"config": {"seed": job.seed}},
     )
+    if job.step_minutes:
+        # Worker 1's clock stands still: worker 0 alone decides.
+        made.clock = lambda: 60 * job.step_minutes * made.progress.updates * (rank == 0)
+        made.saved_at = 0.0
     made.stop_requested = lambda: _disturb(job, made, rank)
     return made
 

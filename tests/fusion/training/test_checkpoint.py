@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data.errors import InputError
 from fusion.training import checkpoint
-from fusion.training.loop import fit
+from fusion.training.loop import AgreedError, fit
 from fusion.training.strategy import owner
 
 FILES = [
@@ -157,3 +157,19 @@ def test_meta_names_every_file(trained):
         str(path.relative_to(folder)) for path in folder.rglob("*.safetensors") if path.is_file()
     }
     assert set(meta["files"]) == written
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_first_step(
+    harness, tmp_path, monkeypatch
+):
+    """Three checkpoints of weights and two moments, and the best weights twice, in fp32."""
+    session = harness.session(harness.Job(folder=str(tmp_path), out="", strategy="single"))
+    values = sum(value.numel() for value in session.strategy.model.state_dict().values())
+    needed = 44 * values
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed, 1, needed - 1))
+    with pytest.raises(AgreedError, match=r"GB free, but 2 checkpoints.*num_to_keep"):
+        fit(session)
+    assert session.progress.updates == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed, 0, needed))
+    assert fit(session) == "epochs"

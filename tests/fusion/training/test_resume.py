@@ -39,6 +39,7 @@ def outcomes(harness, train_jobs, tmp_path_factory):
             "before-restarted", "before-stopped", train={"evaluate": "before_epoch"}
         ),
         "impatient": job("impatient", train={"epochs": 30, "patience": 2, "min_epochs": 4}),
+        "timed": job("timed", every_steps=None, every_minutes=4.0, step_minutes=4.1),
         "again": job("again", "impatient", train={"epochs": 30, "patience": 2, "min_epochs": 4}),
     }
     ran = dict(zip(jobs, train_jobs(root, list(jobs.values())), strict=True))
@@ -108,6 +109,18 @@ def test_a_finished_run_takes_no_further_step(outcomes):
     assert again.results[0]["ending"] == "patience"
     assert again.curve() == []
     assert again.results[0]["progress"] == outcomes["impatient"].results[0]["progress"]
+
+
+def test_a_checkpoint_is_written_when_the_last_one_is_old_enough(outcomes):
+    """Three steps an epoch, each of 4.1 minutes: what is due is written after the step in hand."""
+    outcome = outcomes["timed"]
+    assert outcome.codes == [0, 0], outcome.stderr[-2000:]
+    saved = [
+        line["updates"]
+        for line in outcome.results[0]["lines"]
+        if line["values"].get("event") == "checkpoint"
+    ]
+    assert saved == [2, 3, 5, 6, 8, 9], "and at the end of each epoch"
 
 
 def test_each_parameter_is_saved_once_by_its_owner(outcomes):
