@@ -15,13 +15,14 @@ help:  ## this list
 
 install: $(STAMP)  ## .venv with everything (about 6 GB)
 
-# The stamp is written last: without it the next `make` installs what is missing.
+# The stamp is written last: without it the next `make` installs what is missing. Bytecode is compiled
+# here, once, rather than by the first worker of every kind.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) tools/preflight.py
 	@command -v uv >/dev/null || $(PYTHON) -m uv --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet uv
 	@UV=$$(command -v uv || echo "$(PYTHON) -m uv"); \
 	test -x $(BIN)/python || $$UV venv --quiet --python $(PYTHON) $(VENV); \
-	$$UV pip install --quiet --python $(BIN)/python -r requirements.lock && \
+	$$UV pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock && \
 	$$UV pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 
