@@ -11,6 +11,7 @@ from data.config import Config
 from data.schema import N_FEATURES
 from fusion.layers.pooling import masked_mean
 from fusion.layers.present import valid_steps
+from fusion.layers.recurrent import LSTM
 
 
 class LSTMOptions(Config):
@@ -52,7 +53,7 @@ class LSTMEncoder(nn.Module):
     ) -> None:
         super().__init__()
         widths = [inputs] + [hidden] * (layers - 1)
-        self.layers = nn.ModuleList(nn.LSTM(width, hidden, batch_first=True) for width in widths)
+        self.layers = nn.ModuleList(LSTM(width, hidden, batch_first=True) for width in widths)
         self.dropout = nn.Dropout(dropout)
         for name, parameter in self.layers.named_parameters():
             if "weight_hh" in name:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion.layers.present import keep_present
+from fusion.layers.recurrent import LSTM
 
 
 class SequenceFusion(nn.Module):
@@ -18,7 +19,7 @@ class SequenceFusion(nn.Module):
 
     def __init__(self, *, inputs: int = 256, hidden: int = 512) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(inputs, hidden, batch_first=True)
+        self.lstm = LSTM(inputs, hidden, batch_first=True)
 
     def forward(self, ehr: Tensor, cxr: Tensor, has_ehr: Tensor, has_cxr: Tensor) -> Tensor:
         """Two [B, D] tokens and their [B] bool masks to the [B, H] state after the last token.
