@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from data.errors import InputError
-from ray_jobs import cli_data
+from ray_jobs import cli_data, cli_runs
 from ray_jobs.cli_data import say
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ app = typer.Typer(
     ),
 )
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_runs.app, name="runs")
 
 Overrides = Annotated[
     list[str] | None,
@@ -129,16 +130,6 @@ def report(
 
     written = body.write_report(runs, out or runs[0] / "report.html")
     say(f"wrote {written}")
-
-
-@app.command()
-def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder of runs")] = Path("runs"),
-) -> None:
-    """List runs: state, task, model, step, best score."""
-    from ray_jobs.runs import listing
-
-    say(listing(folder))
 
 
 @app.command()

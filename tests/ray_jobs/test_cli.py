@@ -15,6 +15,7 @@ from ray_jobs.cli import app, main
 ROOT = Path(__file__).parents[2]
 VERBS = {"doctor", "train", "evaluate", "report", "runs", "demo", "import-weights", "data"}
 DATA_VERBS = {"synth", "fetch", "plan", "stage", "extract", "describe", "check", "diff"}
+RUNS_VERBS = {"ls"}
 
 
 def _rayfuse(*words: str) -> subprocess.CompletedProcess[str]:
@@ -34,10 +35,14 @@ def test_the_verbs_are_frozen() -> None:
     group = typer.main.get_command(app)
     assert set(group.commands) == VERBS
     assert set(group.commands["data"].commands) == DATA_VERBS
+    assert set(group.commands["runs"].commands) == RUNS_VERBS
 
 
 @pytest.mark.parametrize(
-    "words", [[verb] for verb in sorted(VERBS)] + [["data", verb] for verb in sorted(DATA_VERBS)]
+    "words",
+    [[verb] for verb in sorted(VERBS)]
+    + [["data", verb] for verb in sorted(DATA_VERBS)]
+    + [["runs", verb] for verb in sorted(RUNS_VERBS)],
 )
 def test_every_verb_explains_itself(words: list[str]) -> None:
     result = CliRunner().invoke(app, [*words, "--help"])
@@ -70,7 +75,7 @@ def test_ctrl_c_says_what_is_left(
         raise raised
 
     monkeypatch.setattr("ray_jobs.runs.listing", interrupted)
-    monkeypatch.setattr(sys, "argv", ["rayfuse", "runs"])
+    monkeypatch.setattr(sys, "argv", ["rayfuse", "runs", "ls"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 130
