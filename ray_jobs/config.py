@@ -32,12 +32,38 @@ CONFIGS = Path(__file__).parent / "configs"
 class ScalingConfig(Config):
     """Ray's own field names."""
 
-    num_workers: int = Field(default=1, ge=1)
+    num_workers: int | tuple[int, int] = 1
+    """Workers, or [fewest, most]: as many as the cluster has room for, shrinking and growing with
+    it."""
     use_gpu: bool = False
     resources_per_worker: dict[str, float] = Field(default_factory=dict)
     strategy: Literal["single", "ddp"] = "ddp"
     max_failures: int = Field(default=3, ge=0)
     """Times that lost workers are started again, from the newest complete checkpoint."""
+    hang_after_s: float = Field(default=1800.0, gt=0)
+    """No worker moves on for that long: the run is stopped, naming the rank that lags."""
+    wait_for_nodes_s: float = Field(default=600.0, ge=0)
+    """How long lost nodes, or those that an autoscaler may add, are waited for."""
+    resize_every_s: float = Field(default=60.0, gt=0)
+    """With [fewest, most]: how often the cluster is looked at for room for more workers."""
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _workers(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+        if not all(type(each) is int and each >= 1 for each in numbers) or numbers[0] > numbers[1]:
+            raise ValueError("needs a number of workers from 1 on, or [fewest, most]")
+        return value if isinstance(value, int) else tuple(numbers)
+
+    @property
+    def least(self) -> int:
+        """Fewest workers that the run goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most(self) -> int:
+        """Most workers that it uses."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class DataConfig(Config):
@@ -105,7 +131,7 @@ class RunConfig(Config):
                 f"train.min_epochs ({self.train.min_epochs}) is larger than "
                 f"train.epochs ({self.train.epochs})"
             )
-        if self.scaling.num_workers > 1 and self.scaling.strategy == "single":
+        if self.scaling.most > 1 and self.scaling.strategy == "single":
             raise ValueError(
                 f"scaling.strategy=single with scaling.num_workers={self.scaling.num_workers}: "
                 "use ddp, or one worker"

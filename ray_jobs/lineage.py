@@ -158,7 +158,7 @@ def claim(config: RunConfig, manifest: Manifest, *, fork: bool) -> RunConfig:
     starts = _environment(folder).get("starts", [])
     if not folder.config.exists():
         run_config.dump(taken, folder.config)
-    started = {**environment(), "time": time.time(), "workers": taken.scaling.num_workers}
+    started = {**environment(), "time": time.time(), "workers": taken.scaling.most}
     write_json(
         folder.environment, {"lineage": lineage(taken, manifest), "starts": [*starts, started]}
     )

@@ -142,8 +142,12 @@ def compute(lines: list[dict[str, Any]], config: RunConfig) -> list[tuple[str, s
     steps = sum(line["values"].get("steps", 0) for line in lines if line["kind"] == "train")
     rows = steps * config.train.batch_size
     device = "GPU" if config.scaling.use_gpu else "CPU"
+    scaling = config.scaling
+    workers = (
+        str(scaling.most) if scaling.least == scaling.most else f"{scaling.least} to {scaling.most}"
+    )
     facts = [
-        ("workers", f"{config.scaling.num_workers} ({device}, {config.scaling.strategy})"),
+        ("workers", f"{workers} ({device}, {scaling.strategy})"),
         ("rows of a global batch", str(config.train.batch_size)),
         ("precision", config.train.precision),
         ("training steps", f"{steps:,}"),

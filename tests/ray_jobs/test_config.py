@@ -91,6 +91,8 @@ def test_everything_wrong_is_reported_at_once_with_its_path(write) -> None:
         ({"name": "../escape"}, "name"),
         ({"train": {"epochs": 2, "min_epochs": 5}}, "train.min_epochs"),
         ({"scaling": {"num_workers": 2, "strategy": "single"}}, "scaling.strategy"),
+        ({"scaling": {"num_workers": [2, 1]}}, r"scaling\.num_workers: needs .*\[fewest, most\]"),
+        ({"scaling": {"num_workers": 0}}, r"scaling\.num_workers: needs a number of workers"),
         (
             {"data": {"shards": "s", "sources": {"mimic_iv": "a", "mimic_iii": "b"}}},
             "mimic_iv and mimic_iii",
