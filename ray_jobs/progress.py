@@ -58,6 +58,11 @@ class Reporter:
                 self._progress()
             elif line["kind"] == "val":
                 self._validated(line)
+            elif values.get("event") == "recovered":
+                self.say(
+                    f"recovered after {values['cause']}: {values['replayed']} step(s) replayed, "
+                    f"{values['seconds']:.0f} s"
+                )
             elif values.get("event") == "start" and values["updates"]:
                 self.say(f"goes on from step {values['updates']} on {values['world']} worker(s)")
 

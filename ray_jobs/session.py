@@ -11,13 +11,22 @@ from fusion.tasks import Task
 from fusion.training import loop
 from fusion.training.initialise import initial_weights
 from fusion.training.metrics_log import MetricsLog, Silent
+from ray_jobs.heartbeat import Watched
+from ray_jobs.recovery import Recovery
 from ray_jobs.supervise import stop_flag
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from data.loader import BatchLoader
+    from data.reader import ShardReader
+    from fusion.training.progress import Progress
     from fusion.training.strategy import Strategy
     from ray_jobs.config import RunConfig
+    from ray_jobs.heartbeat import Heart
     from ray_jobs.runs import RunFolder
+
+NAMED_ROWS = 32
 
 
 def open_session(
@@ -63,3 +72,27 @@ def open_session(
         initial=lambda shapes: initial_weights(shapes, config.init_from),
         stop_requested=stop_flag(folder.path / stop, strategy.rank),
     )
+
+
+def listen(session: loop.Session, heart: Heart, folder: RunFolder) -> None:
+    """Let the heart hear every beat of a session's loop; worker 0 also writes what was lost."""
+    log = session.log
+    recovery = Recovery(heart, log, folder) if isinstance(log, MetricsLog) else None
+
+    def beat(stage: str, progress: Progress) -> None:
+        heart.beat(stage, progress)
+        if recovery is not None:
+            recovery.beat(progress)
+
+    session.beat = beat
+    session.val = Watched(session.val, lambda: beat("validation", session.progress))
+
+
+def name_rows(reader: ShardReader, rows: Sequence[int]) -> str:
+    """The ids of rows of the shards: of their stays, else of their images."""
+    keys = reader.keys().select(["stay_id", "dicom_id"]).take(list(rows[:NAMED_ROWS])).to_pylist()
+    stays = [str(key["stay_id"]) for key in keys if key["stay_id"] is not None]
+    images = [key["dicom_id"] for key in keys if key["stay_id"] is None]
+    parts = [f"stay_id {', '.join(stays)}"] if stays else []
+    parts += [f"dicom_id {', '.join(images)}"] if images else []
+    return "; ".join(parts)

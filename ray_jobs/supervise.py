@@ -1,4 +1,4 @@
-"""Beside a run: is the cluster large enough, how far is it, and what Ctrl-C means."""
+"""Beside a run: how far is it, does it still move, has it nodes enough, and what Ctrl-C means."""
 
 from __future__ import annotations
 
@@ -9,37 +9,57 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
+from ray_jobs import capacity
 from ray_jobs.progress import Follower, Reporter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ray_jobs.config import RunConfig, ScalingConfig
+    from ray_jobs.config import RunConfig
+    from ray_jobs.heartbeat import Pulse, Status
     from ray_jobs.runs import RunFolder
 
 LOOK_EVERY_S = 0.5
-COUNT_NODES_EVERY_S = 30.0
-NODES_DEADLINE_S = 600.0
+COUNT_NODES_EVERY_S = 10.0
+ABORT_S = 60.0
+ASKS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ended the run, with a checkpoint."""
 
 
 class Supervised:
-    """A blocking call on a thread of its own, while this one shows progress and hears Ctrl-C.
+    """A blocking call on a thread of its own, while this one watches the run.
 
-    Ray's trainer waits without end and takes Ctrl-C as an abort. Here the first Ctrl-C asks the
-    workers, by a file in the run's folder, to finish the step and write a checkpoint; the second
-    raises at once.
+    Ray's trainer waits without end and takes Ctrl-C as an abort. Here the first Ctrl-C or SIGTERM
+    asks the workers, by a file in the run's folder, to finish the step and write a checkpoint; the
+    second raises at once. A node of the run that is about to be taken away asks for the same.
+
+    Attributes:
+        asked: What asked the workers for a checkpoint and an end: "Ctrl-C", "SIGTERM", or "drain".
+        watch: Told of each new status of the workers.
     """
 
     def __init__(
-        self, body: Callable[[], Any], config: RunConfig, folder: RunFolder, stop: Path
+        self,
+        body: Callable[[], Any],
+        config: RunConfig,
+        folder: RunFolder,
+        stop: Path,
+        pulse: Pulse | None = None,
     ) -> None:
+        self.asked: str | None = None
+        self.watch: Callable[[Status], None] = lambda status: None
         self._body = body
         self._stop = stop
+        self._pulse = pulse
         self._scaling = config.scaling
         self._counted = time.monotonic()
         self._short_since: float | None = None
         self._reporter = Reporter(config.name, config.train.trained_epochs)
         self._follower = Follower(folder.metrics)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._result: Any = None
         self._error: BaseException | None = None
 
@@ -47,24 +67,26 @@ class Supervised:
         """The call's result.
 
         Raises:
-            InputError: What one worker raised of that kind, or nodes were lost and none came
-                back within ten minutes.
-            KeyboardInterrupt: On the second Ctrl-C.
+            InputError: What one worker raised of that kind; no worker moved for
+                `scaling.hang_after_s`; or nodes were lost and none came back within
+                `scaling.wait_for_nodes_s`.
+            KeyboardInterrupt: On the second Ctrl-C or SIGTERM.
         """
-        thread = threading.Thread(target=self._run, daemon=True)
-        restore = None
+        restore = {}
         if threading.current_thread() is threading.main_thread():
-            restore = signal.signal(signal.SIGINT, self._interrupt)
+            restore = {number: signal.signal(number, self._interrupt) for number in ASKS}
         try:
-            thread.start()
-            while thread.is_alive():
-                thread.join(LOOK_EVERY_S)
+            self._thread.start()
+            while self._thread.is_alive():
+                self._thread.join(LOOK_EVERY_S)
                 self._reporter.show(self._follower.new_lines())
+                self._look_at_workers()
                 self._count_nodes()
         finally:
             self._reporter.close()
-            if restore is not None:
-                signal.signal(signal.SIGINT, restore)
+            self._abort()
+            for number, handler in restore.items():
+                signal.signal(number, handler)
         if self._error is not None:
             raise _cause(self._error)
         return self._result
@@ -75,6 +97,26 @@ class Supervised:
         except BaseException as error:  # raised again on the waiting thread
             self._error = error
 
+    def _look_at_workers(self) -> None:
+        status = self._pulse.status() if self._pulse is not None else None
+        if status is None or not self._thread.is_alive():
+            return
+        self.watch(status)
+        if status.fault is not None:
+            raise InputError(f"{status.fault}; the same command goes on once that is mended")
+        if status.quiet > self._scaling.hang_after_s:
+            raise InputError(
+                f"hung: {status.explain()}; the last checkpoint holds and the same command goes "
+                "on (scaling.hang_after_s is the deadline)"
+            )
+        if self.asked is None and (leaving := status.nodes & self._draining):
+            self.asked = "drain"
+            self._stop.touch()
+            self._reporter.say(
+                f"{len(leaving)} node(s) of the run are about to be taken away: finishing this "
+                "step, then a checkpoint, then on without them"
+            )
+
     def _count_nodes(self) -> None:
         import ray
 
@@ -82,20 +124,36 @@ class Supervised:
         if now - self._counted < COUNT_NODES_EVERY_S or not ray.is_initialized():
             return
         self._counted = now
-        missing = shortage(self._scaling)
+        missing = capacity.shortage(self._scaling)
         if missing is None:
             self._short_since = None
         elif self._short_since is None:
             self._short_since = now
             self._reporter.say(f"{missing}; waiting for nodes")
-        elif now - self._short_since > NODES_DEADLINE_S:
-            raise InputError(f"{missing}; the same command goes on once nodes are back")
+        elif now - self._short_since > self._scaling.wait_for_nodes_s:
+            raise InputError(
+                f"{missing}; none came in {self._scaling.wait_for_nodes_s:g} s "
+                "(scaling.wait_for_nodes_s); the same command goes on once there are enough"
+            )
+
+    @property
+    def _draining(self) -> set[str]:
+        return capacity.draining_nodes()
+
+    def _abort(self) -> None:
+        if self._pulse is None or not self._thread.is_alive():
+            return
+        self._pulse.abort()
+        self._thread.join(ABORT_S)
 
     def _interrupt(self, number: int, frame: object) -> None:
-        if self._stop.exists():
+        if self.asked not in (None, "drain"):
             raise KeyboardInterrupt("stopped at once; the last checkpoint holds")
+        self.asked = ASKS[signal.Signals(number)]
         self._stop.touch()
-        self._reporter.say("finishing this step, then a checkpoint; Ctrl-C again stops at once")
+        self._reporter.say(
+            f"{self.asked}: finishing this step, then a checkpoint; once more stops at once"
+        )
 
 
 def stop_flag(path: Path, rank: int) -> Callable[[], bool]:
@@ -109,42 +167,6 @@ def stop_flag(path: Path, rank: int) -> Callable[[], bool]:
         return answer
 
     return requested
-
-
-def check_resources(scaling: ScalingConfig) -> None:
-    """Refuse to ask for more workers than the cluster can hold: Ray would wait for ever.
-
-    Raises:
-        InputError: It is too small.
-    """
-    missing = shortage(scaling)
-    if missing:
-        raise InputError(
-            f"{missing}; lower scaling.num_workers or scaling.resources_per_worker, or add nodes"
-        )
-
-
-def shortage(scaling: ScalingConfig) -> str | None:
-    """What the nodes that are alive lack for a run's workers, busy or not; None if nothing."""
-    import ray
-
-    needed = dict(scaling.resources_per_worker)
-    if scaling.use_gpu:
-        needed.setdefault("GPU", 1.0)
-    elif not needed:
-        needed["CPU"] = 1.0
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(
-        min(int(node.get(name, 0.0) / amount) for name, amount in needed.items() if amount)
-        for node in nodes
-    )
-    if room >= scaling.num_workers:
-        return None
-    per_worker = ", ".join(f"{amount:g} {name}" for name, amount in needed.items())
-    return (
-        f"scaling.num_workers is {scaling.num_workers}, each with {per_worker}, but the "
-        f"cluster has room for {room}"
-    )
 
 
 def absolute_paths(value: Any) -> Any:

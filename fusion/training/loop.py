@@ -6,7 +6,6 @@ term is divided by the rows it counts over the whole step.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +19,7 @@ from fusion.training.objective import MicroBatch, Objective, census, cut, placeh
 from fusion.training.optimizers import Schedule, freeze, train_mode
 from fusion.training.predict import Predictions, merge, predict, selection_score
 from fusion.training.progress import Progress
+from fusion.training.saver import Saver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +44,15 @@ class AgreedError(InputError):
 
 
 class NonFiniteLossError(AgreedError):
-    """A loss or a gradient is NaN or infinite; raised before the update."""
+    """A loss or a gradient is NaN or infinite; raised before the update.
+
+    Attributes:
+        rows: Of the shards, in the micro-batches concerned.
+    """
+
+    def __init__(self, message: str, rows: list[int]) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class Session:
             checkpoint.
         after_validation: Called on every worker with the validation's values.
         beat: Told on every worker what it is about to do, and at which step.
-        clock: Seconds, from any moment on.
+        saver: Writes checkpoints and best weights.
     """
 
     strategy: Strategy
@@ -91,19 +99,14 @@ class Session:
     stop_requested: Callable[[], bool] = lambda: False
     after_validation: Callable[[dict[str, float]], None] = lambda values: None
     beat: Callable[[Stage, Progress], None] = lambda stage, progress: None
-    clock: Callable[[], float] = time.monotonic
     progress: Progress = field(default_factory=Progress)
     schedule: Schedule = field(init=False)
+    saver: Saver = field(init=False)
     meter: Meter = field(default_factory=Meter)
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(self.settings.optim)
-        self.saved_at = self.clock()
-
-    @property
-    def checkpoints(self) -> Path:
-        """The run's checkpoints."""
-        return self.folder / "checkpoints"
+        self.saver = Saver(self.folder, self.strategy, self.settings.checkpoint)
 
 
 def prepare(
@@ -160,12 +163,12 @@ def start(session: Session) -> None:
     """
     strategy, settings = session.strategy, session.settings
     found = strategy.share(
-        checkpoint.newest_complete(session.checkpoints) if strategy.rank == 0 else None
+        checkpoint.newest_complete(session.saver.checkpoints) if strategy.rank == 0 else None
     )
     assert found is not None
     held = checkpoint.read(found) if found.path else None
     shapes = strategy.shapes()
-    if fault := strategy.share(_lacking_space(session, shapes)):
+    if fault := strategy.share(session.saver.lacking_space(shapes)):
         raise AgreedError(fault)
     strategy.load_weights(held.weights(shapes) if held else session.initial(shapes))
     objective = Objective(strategy.model, session.task, settings.train)
@@ -183,6 +186,7 @@ def start(session: Session) -> None:
         "skipped": found.skipped,
     }
     session.log.write("event", session.progress, event)
+    session.saver.start_clock()
 
 
 def train_step(session: Session, share: Batch | None, counts: Tensor) -> None:
@@ -233,7 +237,7 @@ def _train_epoch(session: Session) -> bool:
     every = settings.checkpoint.every_steps
     for share in _shares(session):
         session.beat("census", progress)
-        asked = [float(session.stop_requested()), float(_due(session))]
+        asked = [float(session.stop_requested()), float(session.saver.due())]
         totals = strategy.sum(torch.cat([census(share), torch.tensor(asked, dtype=torch.float64)]))
         stop, due = (totals[-2:] > 0).tolist()
         if stop:
@@ -253,22 +257,6 @@ def _train_epoch(session: Session) -> bool:
     progress.epoch += 1
     progress.step = 0
     return True
-
-
-def _lacking_space(session: Session, shapes: Mapping[str, torch.Size]) -> str | None:
-    if session.strategy.rank:
-        return None
-    session.folder.mkdir(parents=True, exist_ok=True)
-    keep = session.settings.checkpoint.num_to_keep
-    return checkpoint.lacking_space(session.folder, shapes, keep)
-
-
-def _due(session: Session) -> bool:
-    """Whether worker 0 finds the last checkpoint too old."""
-    minutes = session.settings.checkpoint.every_minutes
-    if minutes is None or session.strategy.rank:
-        return False
-    return session.clock() - session.saved_at >= 60 * minutes
 
 
 def _shares(session: Session) -> Iterator[Batch | None]:
@@ -328,7 +316,8 @@ def _require_finite(
     where = f", rows {named[:32]} of the shards" if named else ""
     raise NonFiniteLossError(
         f"the {what} is NaN or infinite at epoch {progress.epoch}, step {progress.step}{where}; "
-        "nothing was updated: look at those rows, lower optim.lr or set optim.clip_norm"
+        "nothing was updated: look at those rows, lower optim.lr or set optim.clip_norm",
+        named,
     )
 
 
@@ -352,23 +341,10 @@ def _steps(session: Session) -> int:
 def _save(session: Session) -> None:
     session.beat("checkpoint", session.progress)
     _log_training(session)
-    meta = {
-        **session.document,
-        "progress": session.progress.dump(),
-        "schedule": session.schedule.dump(),
-    }
-    keep = session.settings.checkpoint.num_to_keep
-    checkpoint.save(
-        session.checkpoints, session.progress.updates, session.strategy, meta, num_to_keep=keep
-    )
-    session.saved_at = session.clock()
+    session.saver.save(session.progress, session.schedule, session.document)
     session.log.write("event", session.progress, {"event": "checkpoint"})
     session.log.rotate()
 
 
 def _write_best(session: Session, selected: Literal["best", "last"]) -> None:
-    session.strategy.align()
-    if session.strategy.rank == 0:
-        meta = {**session.document, "progress": session.progress.dump(), "selected": selected}
-        checkpoint.write_weights(session.folder / "best", session.strategy.model, meta)
-    session.strategy.share(None)
+    session.saver.write_best(session.progress, session.document, selected)

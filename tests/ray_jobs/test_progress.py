@@ -13,7 +13,7 @@ import pytest
 from data.errors import InputError
 from fusion.training.metrics_log import MetricsLog
 from fusion.training.progress import Progress
-from ray_jobs import supervise
+from ray_jobs import capacity, supervise
 from ray_jobs.progress import Follower, Reporter
 
 
@@ -104,29 +104,36 @@ def test_an_input_error_of_a_worker_comes_back_as_one(tmp_path):
         supervised.wait()
 
 
-def test_the_first_ctrl_c_asks_for_a_stop_and_the_second_takes_it(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_for_a_stop_and_the_second_takes_it(tmp_path, number):
     stop = tmp_path / ".stop"
-    before = signal.getsignal(signal.SIGINT)
-    asked = []
+    before = signal.getsignal(number)
+    seen = []
 
     def obeys():
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         while not stop.exists():
             time.sleep(0.01)
-        asked.append(supervise.stop_flag(stop, 0)())
-        asked.append(supervise.stop_flag(stop, 1)())
+        seen.append(supervise.stop_flag(stop, 0)())
+        seen.append(supervise.stop_flag(stop, 1)())
         return "interrupted"
 
-    assert _supervised(tmp_path, obeys).wait() == "interrupted"
-    assert asked == [True, False], "worker 0 looks"
+    supervised = _supervised(tmp_path, obeys)
+    assert supervised.wait() == "interrupted"
+    assert seen == [True, False], "worker 0 looks"
+    assert supervised.asked == {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
+    stop.unlink()
 
     def ignores():
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
+        while not stop.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
         time.sleep(5)
 
     with pytest.raises(KeyboardInterrupt, match="at once"):
         _supervised(tmp_path, ignores).wait()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
 
 
 def test_lost_nodes_are_waited_for_until_a_deadline(tmp_path, monkeypatch, capsys):
@@ -135,15 +142,15 @@ def test_lost_nodes_are_waited_for_until_a_deadline(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": False, "Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr(capacity, "draining_nodes", set)
     monkeypatch.setattr(supervise, "LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(supervise, "COUNT_NODES_EVERY_S", 0.02)
-    monkeypatch.setattr(supervise, "NODES_DEADLINE_S", 0.2)
-    with pytest.raises(InputError, match=r"room for 0; the same command goes on"):
-        _supervised(tmp_path, lambda: time.sleep(5)).wait()
+    with pytest.raises(InputError, match=r"room for 0 .*none came in 0\.2 s.*the same command"):
+        _supervised(tmp_path, lambda: time.sleep(5), wait_for_nodes_s=0.2).wait()
     assert capsys.readouterr().err.count("waiting for nodes") == 1
 
 
-def _supervised(tmp_path, body):
+def _supervised(tmp_path, body, pulse=None, **scaling):
     from ray_jobs.config import RunConfig
     from ray_jobs.runs import RunFolder
 
@@ -153,6 +160,7 @@ def _supervised(tmp_path, body):
             "task": "mortality",
             "model": {"name": "lstm"},
             "data": {"shards": tmp_path},
+            "scaling": scaling,
         }
     )
-    return supervise.Supervised(body, config, RunFolder(tmp_path), tmp_path / ".stop")
+    return supervise.Supervised(body, config, RunFolder(tmp_path), tmp_path / ".stop", pulse)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from data.errors import InputError
 from data.manifest import Manifest
 from fusion.training import metrics_log
 from fusion.training.strategy import Single
+from ray_jobs import capacity, lineage, session, train
 from ray_jobs import config as run_config
-from ray_jobs import lineage, session, supervise, train
 from ray_jobs.config import RunConfig, ScalingConfig
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +99,15 @@ def test_a_killed_worker_changes_nothing_in_the_result(make_config):
     ]
     assert starts[0] == 0
     assert starts[1] >= 9
+    (recovered,) = [
+        line["values"]
+        for line in metrics_log.read(killed / "metrics")
+        if line["values"].get("event") == "recovered"
+    ]
+    assert re.fullmatch(r"the process of rank [01] died", recovered["cause"])
+    assert recovered["attempt"] == 2
+    assert starts[1] + recovered["replayed"] >= 11
+    assert recovered["replayed"] <= 3, "at most one checkpoint interval"
     curves = [
         [
             line["values"]["loss"]
@@ -169,11 +179,12 @@ def test_a_killed_driver_is_continued_by_the_same_command(make_config, tmp_path)
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_more_workers_than_the_cluster_holds_are_refused():
-    with pytest.raises(InputError, match=r"scaling\.num_workers is 64.*room for 4"):
-        supervise.check_resources(ScalingConfig(num_workers=64))
-    with pytest.raises(InputError, match=r"1 GPU, but the cluster has room for 0"):
-        supervise.check_resources(ScalingConfig(use_gpu=True))
-    supervise.check_resources(ScalingConfig(num_workers=2))
+    asked = r"asks for 64, each with 1 CPU.*room for 4 \(CPU: 64 asked for, 4 there, at most 4 on"
+    with pytest.raises(InputError, match=asked):
+        capacity.check(ScalingConfig(num_workers=64))
+    with pytest.raises(InputError, match=r"room for 0 \(GPU: 1 asked for, 0 there"):
+        capacity.check(ScalingConfig(use_gpu=True))
+    capacity.check(ScalingConfig(num_workers=(2, 64)))
 
 
 def test_a_session_reads_the_shards_as_the_config_says(make_config, tmp_path):
