@@ -92,11 +92,12 @@ def lineage(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
 def computed(config: RunConfig) -> dict[str, Any]:
     """The dotted paths of a config that decide what a run computes, with their values."""
     flat = _flatten(config.model_dump(mode="json"))
-    return {
-        path: value
-        for path, value in flat.items()
-        if not any(path == free or path.startswith(free + ".") for free in _FREE)
-    }
+    return {path: value for path, value in flat.items() if not is_free(path)}
+
+
+def is_free(path: str) -> bool:
+    """Whether a dotted path may change between the starts of a run."""
+    return any(path == free or path.startswith(free + ".") for free in _FREE)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
@@ -155,6 +156,8 @@ def claim(config: RunConfig, manifest: Manifest, *, fork: bool) -> RunConfig:
                 f"{folder.path} is the run of another config:\n{listed}\n"
                 "choose another name, or --fork to take the next free one"
             )
+    # Predictions and metrics of patients come here: for this user alone.
+    folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     starts = _environment(folder).get("starts", [])
     if not folder.config.exists():
         run_config.dump(taken, folder.config)

@@ -214,6 +214,7 @@ def test_a_name_belongs_to_one_config(make_config, shards):
     manifest = Manifest.load(shards)
     first = lineage.claim(make_config(), manifest, fork=False)
     assert first.name == "one"
+    assert first.folder.stat().st_mode & 0o777 == 0o700
     wider = make_config(scaling__num_workers=1)
     assert lineage.claim(wider, manifest, fork=False).name == "one", "workers are free"
     other = make_config(optim__lr=0.5)
