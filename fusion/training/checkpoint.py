@@ -1,8 +1,6 @@
-"""Checkpoints: step-<n>/{rank-<r>/*.safetensors, meta.json, COMPLETE}, never pickled.
+"""Reading checkpoints and best weights; `saver` writes them.
 
-Each worker writes what it owns. meta.json holds the position, the schedule and the SHA-256 of
-every file; COMPLETE, written last, holds that of meta.json. Whatever does not verify is never
-loaded: the one before it is.
+Whatever does not verify is never loaded: the checkpoint before it is.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.errors import InputError
-from data.files import atomic_path, sha256_file, write_json, write_text
+from data.files import atomic_path, sha256_file, write_json
 from fusion.training.strategy import refuse_leftovers
 
 if TYPE_CHECKING:
@@ -53,69 +50,10 @@ class Found:
     skipped: dict[str, str]
 
 
-def save(
-    folder: Path, step: int, strategy: Strategy, meta: dict[str, Any], *, num_to_keep: int
-) -> Path:
-    """Write the checkpoint of a step; every worker calls it, and worker 0 completes it.
-
-    Args:
-        folder: The run's checkpoints.
-        step: Updates so far; names the checkpoint.
-        strategy: Gives the state, and knows the workers.
-        meta: JSON values to keep beside it.
-        num_to_keep: Complete checkpoints that stay; older ones, and torn ones, are removed.
-
-    Returns:
-        The checkpoint's folder, on every worker.
-    """
-    target = folder / f"step-{step:08d}"
-    strategy.align()
-    if strategy.rank == 0:
-        _remove(target)
-        target.mkdir(parents=True)
-    strategy.share(None)
-    own = target / f"rank-{strategy.rank:04d}"
-    hashes = {
-        f"{own.name}/{name}": _write(own / name, tensors)
-        for name, tensors in {
-            "weights.safetensors": dict(strategy.weights()),
-            "moments.safetensors": dict(strategy.moments()),
-            "random.safetensors": random_state(strategy.device),
-        }.items()
-    }
-    files = {name: digest for part in strategy.gather(hashes) for name, digest in part.items()}
-    if strategy.rank == 0:
-        document = {**meta, "format": FORMAT, "world": strategy.world, "files": files}
-        write_json(target / META, document)
-        write_text(target / COMPLETE, sha256_file(target / META) + "\n")
-        _prune(folder, target, num_to_keep)
-    strategy.share(None)
-    return target
-
-
-def lacking_space(folder: Path, shapes: Mapping[str, torch.Size], num_to_keep: int) -> str | None:
-    """What is wrong with the free space of a run's folder, or None.
-
-    Counted: fp32 weights and two moments for each checkpoint that is kept and for the one being
-    written beside them, and the best weights twice, less what the folder holds already.
-    """
-    weights = 4 * sum(shape.numel() for shape in shapes.values())
-    needed = weights * (3 * (num_to_keep + 1) + 2)
-    held = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    free = shutil.disk_usage(folder).free
-    if free + held >= needed:
-        return None
-    return (
-        f"{folder}: {free / 1e9:.2f} GB free, but {num_to_keep} checkpoints and the best weights "
-        f"take up to {needed / 1e9:.2f} GB; free space there, set runs_dir to another disk, or "
-        "lower checkpoint.num_to_keep"
-    )
-
-
 def newest_complete(folder: Path) -> Found:
     """The newest checkpoint whose every hash holds."""
     skipped: dict[str, str] = {}
-    for candidate in reversed(_candidates(folder)):
+    for candidate in reversed(candidates(folder)):
         fault = verify(candidate)
         if fault is None:
             meta = json.loads((candidate / META).read_text(encoding="utf-8"))
@@ -235,12 +173,17 @@ def seed_worker(seed: int, rank: int, step: int = 0) -> None:
     torch.manual_seed((draws[0] + draws[1] * (rank + 1) + step * 1_000_003) % 2**63)
 
 
-def write_weights(folder: Path, model: nn.Module, meta: dict[str, Any]) -> None:
-    """Write a model's weights as model.safetensors with meta.json (what best/ holds)."""
+def write_weights(folder: Path, model: nn.Module, meta: dict[str, Any]) -> list[Path]:
+    """Write a model's weights as model.safetensors with meta.json (what best/ holds).
+
+    Returns:
+        The files, in the order they were written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / WEIGHTS) as temporary:
-        save_file(_detached(dict(model.state_dict())), temporary)
+        save_file(detached(dict(model.state_dict())), temporary)
     write_json(folder / META, {**meta, "format": FORMAT, "sha256": sha256_file(folder / WEIGHTS)})
+    return [folder / WEIGHTS, folder / META]
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -265,14 +208,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(folder / WEIGHTS), meta
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        save_file(_detached(tensors), temporary)
-    return sha256_file(path)
-
-
-def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies that share no memory (tied weights, gradient buckets), as safetensors wants them."""
     return {
         name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -280,7 +216,8 @@ def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _candidates(folder: Path) -> list[Path]:
+def candidates(folder: Path) -> list[Path]:
+    """Folders of checkpoints, complete or not, the oldest first."""
     if not folder.is_dir():
         return []
     numbered = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
@@ -289,20 +226,3 @@ def _candidates(folder: Path) -> list[Path]:
 
 def _by_step(numbered: Iterable[tuple[re.Match[str] | None, Path]]) -> list[tuple[int, Path]]:
     return [(int(match[1]), path) for match, path in numbered if match is not None]
-
-
-def _prune(folder: Path, newest: Path, num_to_keep: int) -> None:
-    """Remove torn checkpoints and all but the newest complete ones."""
-    others = [path for path in reversed(_candidates(folder)) if path != newest]
-    complete = [path for path in others if (path / COMPLETE).is_file()]
-    kept = complete[: num_to_keep - 1]
-    for path in others:
-        if path not in kept:
-            _remove(path)
-
-
-def _remove(checkpoint: Path) -> None:
-    # The marker goes first: a removal cut short leaves nothing that looks complete.
-    (checkpoint / COMPLETE).unlink(missing_ok=True)
-    if checkpoint.is_dir():
-        shutil.rmtree(checkpoint)

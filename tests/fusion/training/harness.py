@@ -236,8 +236,7 @@ def session(job: Job, rank: int = 0) -> loop.Session:
     )
     if job.step_minutes:
         # Worker 1's clock stands still: worker 0 alone decides.
-        made.clock = lambda: 60 * job.step_minutes * made.progress.updates * (rank == 0)
-        made.saved_at = 0.0
+        made.saver.clock = lambda: 60 * job.step_minutes * made.progress.updates * (rank == 0)
     made.stop_requested = lambda: _disturb(job, made, rank)
     return made
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data.errors import InputError
 from fusion.training import checkpoint
 from fusion.training.loop import AgreedError, fit
+from fusion.training.progress import Progress
 from fusion.training.strategy import owner
 
 FILES = [
@@ -97,7 +98,7 @@ def test_old_and_torn_ones_are_removed(trained):
     checkpoints = folder / "checkpoints"
     (checkpoints / "step-00000005").mkdir()
     (checkpoints / "notes").mkdir()
-    checkpoint.save(checkpoints, 7, session.strategy, {"progress": {}}, num_to_keep=2)
+    session.saver.save(Progress(updates=7), session.schedule, {})
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == ["notes", "step-00000006", "step-00000007"]
 
