@@ -154,7 +154,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> list[RunConfig]:
         InputError: The file is missing or no YAML mapping, or a key or value is wrong; everything
             wrong is reported at once, each with its dotted path.
     """
-    document = _read_yaml(path)
+    document = read_yaml(path)
     stages = document.pop("stages", [{}])
     flat = dict(_parse_override(item) for item in overrides)
     return [
@@ -191,7 +191,7 @@ def extract_config(preset: Preset, overrides: Sequence[str] = ()) -> ExtractConf
 
 def preset_values(preset: Preset) -> dict[str, Any]:
     """The dotted paths of a preset file."""
-    return _read_yaml(PRESETS / f"{preset}.yaml") or {}
+    return read_yaml(PRESETS / f"{preset}.yaml") or {}
 
 
 def from_document(document: dict[str, Any], *, place: str) -> RunConfig:
@@ -223,6 +223,15 @@ def checked(block: type[ConfigT], values: dict[str, Any], *, place: str) -> Conf
     except ValidationError as error:
         lines = [_explain(block, item) for item in error.errors()]
         raise InputError(f"{place}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def from_items(block: type[ConfigT], items: Sequence[str], *, place: str) -> ConfigT:
+    """A block of dotted.key=value items.
+
+    Raises:
+        InputError: A key or value is wrong.
+    """
+    return checked(block, _nest(dict(_parse_override(item) for item in items)), place=place)
 
 
 def _applies(dotted: str, document: dict[str, Any]) -> bool:
@@ -262,7 +271,12 @@ def _known_keys(root: type[Config], path: str) -> list[str]:
     return list(block.model_fields)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of a YAML file; an empty file is an empty one.
+
+    Raises:
+        InputError: It cannot be read, or is something else.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,0 +1,1 @@
+"""`rayfuse tune`: search over any dotted path of a run's config."""
