@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from data.errors import InputError
-from ray_jobs import cli_data, cli_runs
+from ray_jobs import cli_cluster, cli_data, cli_runs
 from ray_jobs.cli_data import say
 
 if TYPE_CHECKING:
@@ -163,6 +163,9 @@ def import_weights(
     with atomic_path(out) as target:
         save_file(weights, target)
     say(f"wrote {len(weights)} tensors of {system} to {out}")
+
+
+app.command(context_settings=cli_cluster.SETTINGS)(cli_cluster.submit)
 
 
 def main() -> None:

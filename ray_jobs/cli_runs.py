@@ -12,15 +12,63 @@ from ray_jobs.cli_data import say
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Runs and their folders.\n\nExample: `rayfuse runs ls` lists those below `runs`.",
+    help=(
+        "Runs, their folders, and their jobs on a cluster."
+        "\n\nExample: `rayfuse runs ls` lists those below `runs`; `rayfuse runs ls --address"
+        " http://127.0.0.1:8265` the jobs of a cluster, `rayfuse runs logs NAME` follows one."
+    ),
 )
+
+Name = Annotated[str, typer.Argument(help="A run's name, or a job's id")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="The cluster's dashboard; default RAY_API_SERVER_ADDRESS or port 8265"),
+]
 
 
 @app.command()
 def ls(
     folder: Annotated[Path, typer.Argument(help="Folder of runs")] = Path("runs"),
+    address: Annotated[
+        str | None, typer.Option(help="List the jobs of the cluster with this dashboard instead")
+    ] = None,
 ) -> None:
     """List the runs below a folder: state, task, model, step, best score."""
-    from ray_jobs.runs import listing
+    from ray_jobs import jobs, runs
 
-    say(listing(folder))
+    if address is None:
+        say(runs.listing(folder))
+    else:
+        say(jobs.listing(jobs.connect(address)))
+
+
+@app.command()
+def logs(name: Name, address: Address = None) -> None:
+    """Follow the log of a run that `rayfuse submit` sent, from its start until it ends.
+
+    The exit code is the job's; Ctrl-C leaves the log, and the job goes on.
+    """
+    from ray_jobs import cli_cluster, jobs
+
+    client = jobs.connect(address)
+    job = str(jobs.details(client, name).submission_id)
+    raise typer.Exit(cli_cluster.follow(client, job))
+
+
+@app.command()
+def stop(
+    name: Name,
+    now: Annotated[
+        bool, typer.Option("--now", help="Kill it; the last checkpoint is where it goes on")
+    ] = False,
+    address: Address = None,
+) -> None:
+    """End a submitted run after its step and a checkpoint, and wait for that.
+
+    The same `rayfuse submit` continues it.
+    """
+    from ray_jobs import jobs
+
+    client = jobs.connect(address)
+    ended = jobs.stop(client, jobs.details(client, name), now=now)
+    say(f"{ended.submission_id}: {ended.status.value.lower()}")

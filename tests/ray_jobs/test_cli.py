@@ -13,9 +13,19 @@ from typer.testing import CliRunner
 from ray_jobs.cli import app, main
 
 ROOT = Path(__file__).parents[2]
-VERBS = {"doctor", "train", "evaluate", "report", "runs", "demo", "import-weights", "data"}
+VERBS = {
+    "data",
+    "demo",
+    "doctor",
+    "evaluate",
+    "import-weights",
+    "report",
+    "runs",
+    "submit",
+    "train",
+}
 DATA_VERBS = {"synth", "fetch", "plan", "stage", "extract", "describe", "check", "diff"}
-RUNS_VERBS = {"ls"}
+RUNS_VERBS = {"logs", "ls", "stop"}
 
 
 def _rayfuse(*words: str) -> subprocess.CompletedProcess[str]:
