@@ -92,10 +92,14 @@ class Strategy(Protocol):
         """Give every worker the buffers of worker 0, before they are evaluated or saved."""
         ...
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, skip: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """The parameters and persistent buffers that this worker owns, whole, by name.
 
-        Every worker runs it to its end: a sharded tensor is gathered for its owner.
+        Every worker runs it to its end: a sharded tensor is gathered for its owner, and may be
+        freed when the next one is asked for.
+
+        Args:
+            skip: Names to leave out (and not to gather), the same on every worker.
         """
         ...
 
@@ -198,10 +202,10 @@ class Single:
     def align(self) -> None:
         """Nothing to align."""
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, skip: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """This worker's part of parameters and buffers."""
         for name, value in self.model.state_dict().items():
-            if owner(name, self.world) == self.rank:
+            if name not in skip and owner(name, self.world) == self.rank:
                 yield name, value
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
