@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,6 +14,7 @@ import typer
 from data.errors import InputError
 from ray_jobs import cli_cluster, cli_data, cli_runs
 from ray_jobs.cli_data import say
+from ray_jobs.supervise import Terminated
 
 if TYPE_CHECKING:
     from ray_jobs.config import RunConfig
@@ -147,6 +149,41 @@ def demo(
     body.run(out, only=only, say=say)
 
 
+@app.command()
+def chaos(
+    config: Annotated[
+        Path | None, typer.Argument(help="The run's YAML; default: a small one on synthetic data")
+    ] = None,
+    overrides: Overrides = None,
+    faults: Annotated[
+        str, typer.Option(help="Comma-separated; default: all that the cluster can show")
+    ] = "",
+    folder: Annotated[
+        Path, typer.Option(help="New folder for its runs; several nodes must share it")
+    ] = Path("runs/chaos"),
+    out: Annotated[Path | None, typer.Option(help="Page to put the table into")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray address; default: local")] = None,
+) -> None:
+    """Break a small run on purpose, before a week-long one breaks: killed workers and nodes, hangs.
+
+    Trains it undisturbed, then once per fault, and compares the weights. `node` and `drain` take a
+    node from the cluster.
+    """
+    from ray_jobs import chaos as body
+    from ray_jobs import chaos_table, cluster
+
+    if folder.exists():
+        raise InputError(f"{folder}: exists already; choose another --folder, or remove it")
+    names = faults.split(",") if faults else list(body.FAULTS)
+    with cluster.connect(address, num_cpus=None if address else max(4, os.cpu_count() or 1)):
+        run = body.prepare(config, overrides or [], folder)
+        outcomes = body.run(run, names, synthetic=config is None, say=say)
+    say(chaos_table.table(outcomes))
+    if out is not None:
+        chaos_table.write(outcomes, run, out)
+        say(f"wrote {out}")
+
+
 @app.command(name="import-weights")
 def import_weights(
     system: Annotated[Literal["medfuse"], typer.Argument(help="Whose released checkpoint")],
@@ -186,6 +223,8 @@ def main() -> None:
         if isinstance(cause, KeyboardInterrupt):
             left = str(cause) or "interrupted; the same command continues where it was"
             sys.stderr.write(f"rayfuse: {left}\n")
+        if isinstance(cause, Terminated):
+            sys.exit(128 + signal.SIGTERM)
         raise
 
 

@@ -11,9 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from ray_jobs.cli import app, main
+from ray_jobs.supervise import Terminated
 
 ROOT = Path(__file__).parents[2]
 VERBS = {
+    "chaos",
     "data",
     "demo",
     "doctor",
@@ -73,6 +75,7 @@ def test_a_fault_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     [
         (KeyboardInterrupt("lstm: checkpoint written"), "rayfuse: lstm: checkpoint written\n"),
         (KeyboardInterrupt(), "rayfuse: interrupted; the same command continues where it was\n"),
+        (Terminated("lstm: SIGTERM"), "rayfuse: lstm: SIGTERM\n"),
     ],
 )
 def test_ctrl_c_says_what_is_left(
@@ -88,7 +91,7 @@ def test_ctrl_c_says_what_is_left(
     monkeypatch.setattr(sys, "argv", ["rayfuse", "runs", "ls"])
     with pytest.raises(SystemExit) as stop:
         main()
-    assert stop.value.code == 130
+    assert stop.value.code == (143 if isinstance(raised, Terminated) else 130)
     assert capsys.readouterr().err == said
 
 
