@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ray_jobs.config import RunConfig
     from ray_jobs.runs import RunFolder
 
+CAUSE_WIDTH = 120
 FIRST, LAST = "<!-- rayfuse chaos -->", "<!-- end -->"
 
 
@@ -89,7 +91,7 @@ def line_of(outcome: Outcome) -> str:
     cells = (
         outcome.fault,
         outcome.ended,
-        outcome.said,
+        textwrap.shorten(outcome.said, CAUSE_WIDTH, placeholder=" ..."),
         str(outcome.attempts or ""),
         shown(outcome.replayed, "d"),
         shown(outcome.seconds, ".0f"),

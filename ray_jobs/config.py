@@ -41,7 +41,8 @@ class ScalingConfig(Config):
     max_failures: int = Field(default=3, ge=0)
     """Times that lost workers are started again, from the newest complete checkpoint."""
     hang_after_s: float = Field(default=1800.0, gt=0)
-    """No worker moves on for that long: the run is stopped, naming the rank that lags."""
+    """No worker moves on for that long: the run is stopped, naming the rank that lags. Workers
+    that start have ten minutes at least."""
     wait_for_nodes_s: float = Field(default=600.0, ge=0)
     """How long lost nodes, or those that an autoscaler may add, are waited for."""
     resize_every_s: float = Field(default=60.0, gt=0)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fusion.training.progress import Progress
 
 PERIOD_S = 0.5
+START_S = 600.0
+STARTING = ("strategy", "opening", "start")
 ANSWER_S = 60.0
 
 
@@ -49,7 +51,7 @@ class Beat:
     host: str
     pid: int
     count: int = 0
-    stage: str = "start"
+    stage: str = STARTING[0]
     epoch: int = 0
     step: int = 0
     updates: int = 0
@@ -98,6 +100,12 @@ class Status:
     def nodes(self) -> set[str]:
         """The nodes that hold the workers."""
         return {beat.node for beat in self.beats}
+
+    def overdue(self, seconds: float) -> bool:
+        """Whether nothing has moved for so long; workers that start may take ten minutes."""
+        starting = not self.beats or len(self.beats) < self.beats[0].world
+        starting = starting or any(beat.stage in STARTING for beat in self.beats)
+        return self.quiet > (max(seconds, START_S) if starting else seconds)
 
     def lagging(self) -> tuple[list[Beat], str]:
         """The ranks that hold up the others, and how that shows.
@@ -227,6 +235,7 @@ class Pulse:
     def status(self) -> Status | None:
         """The answer to the last question, once it is there; then asks again."""
         import ray
+        from ray.exceptions import RayActorError
 
         if self._asked is None:
             self._asked = self.ledger.status.remote()
@@ -234,7 +243,10 @@ class Pulse:
         if not ready:
             return None
         asked, self._asked = self._asked, None
-        status: Status = ray.get(asked)
+        try:
+            status: Status = ray.get(asked)
+        except RayActorError:
+            return None  # Ray starts it again, and the next beats fill it
         return status
 
     def lost(self, cause: str) -> None:

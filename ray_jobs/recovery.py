@@ -29,7 +29,7 @@ def noted(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        cause = str(error) or type(error).__name__
+        cause = str(error).removeprefix(f"{folder.path.name}: ") or type(error).__name__
         write_json(note, {"cause": cause, "time": time.time()})
         raise
 

@@ -104,7 +104,7 @@ class Supervised:
         self.watch(status)
         if status.fault is not None:
             raise InputError(f"{status.fault}; the same command goes on once that is mended")
-        if status.quiet > self._scaling.hang_after_s:
+        if status.overdue(self._scaling.hang_after_s):
             raise InputError(
                 f"hung: {status.explain()}; the last checkpoint holds and the same command goes "
                 "on (scaling.hang_after_s is the deadline)"

@@ -60,6 +60,8 @@ def test_a_hanging_worker_is_the_one_that_is_behind(clock):
         ledger.hear("a", beat(1, 8))
     assert ledger.status().quiet == 29
     assert "rank 0 (pid 40 on 10.0.0.0) behind the others at" in ledger.status().explain()
+    assert ledger.status().overdue(20)
+    assert not ledger.status().overdue(30)
     ledger.hear("a", beat(0, 7))
     assert ledger.status().quiet == 0
     clock.now += 5
@@ -76,6 +78,10 @@ def test_workers_that_never_start(clock):
     assert ledger.status().quiet == 0, "Ray's controller moves: it waits for nodes"
     ledger.hear("a", beat(1, 1))
     clock.now += 4
+    assert not ledger.status().overdue(3), "workers that start are slow"
+    clock.now += 600
+    assert ledger.status().overdue(3)
+    clock.now -= 600
     assert ledger.status().explain() == "no worker has moved for 4 s: rank 0 never started"
 
 
