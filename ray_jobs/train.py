@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -117,13 +118,25 @@ def train_loop_per_worker(payload: dict[str, Any]) -> dict[str, Any]:
         # Found by one worker alone: started again, it would be found again.
         heart.fail(str(error))
         raise
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            place = error.filename or payload["folder"]
-            heart.fail(f"{place}: cannot be written ({error.strerror}); free space there")
+    except Exception as error:
+        if fault := full_disk(error, payload["folder"]):
+            heart.fail(fault)
         raise
     finally:
         heart.stop()
+
+
+def full_disk(error: Exception, folder: str) -> str | None:
+    """What a failed write says, where the disk is full or may not be written; else None.
+
+    safetensors' own errors carry the system's number in their text alone.
+    """
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    if number not in DISK_FULL:
+        return None
+    place = getattr(error, "filename", None) or folder
+    return f"{place}: cannot be written ({os.strerror(number)}); free space there"
 
 
 def _train(payload: dict[str, Any], heart: Heart, local_workers: int) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import sys
 import threading
 import time
@@ -13,7 +15,7 @@ import pytest
 from data.errors import InputError
 from fusion.training.metrics_log import MetricsLog, read
 from fusion.training.progress import Progress
-from ray_jobs import capacity, recovery, supervise
+from ray_jobs import capacity, recovery, supervise, train
 from ray_jobs.heartbeat import Beat, Ledger, Status, Watched, innermost
 from ray_jobs.runs import RunFolder
 
@@ -260,3 +262,17 @@ def test_the_innermost_function_of_a_thread():
         thread.join()
     assert innermost(-1) == "no Python code"
     assert json.dumps(innermost(threading.get_ident()))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/d/rank-0000"), "^/d/rank-0000: cannot"),
+        (ValueError("I/O error: File too large (os error 27)"), "^/run: .*File too large"),
+        (OSError(errno.ENOENT, "No such file", "/d"), None),
+        (ValueError("another"), None),
+    ],
+)
+def test_a_full_disk_is_told_from_other_faults(error, said):
+    fault = train.full_disk(error, "/run")
+    assert fault is None if said is None else re.search(said, fault)

@@ -146,7 +146,8 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_call_goes_on(make_config):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_driver_is_continued_by_the_same_command(make_config, tmp_path):
+def test_a_killed_cluster_is_continued_by_the_same_command(make_config, tmp_path):
+    """The driver and every process of its Ray instance: SIGKILL by pid."""
     config = make_config("orphan")
     run_config.dump(config, tmp_path / "run.yaml")
     script = (
@@ -165,15 +166,21 @@ def test_a_killed_driver_is_continued_by_the_same_command(make_config, tmp_path)
         assert driver.poll() is None, said.read_text()[-2000:]
         time.sleep(0.02)
     family = psutil.Process(driver.pid).children(recursive=True)
-    driver.kill()
+    for process in [driver, *family]:
+        os.kill(process.pid, signal.SIGKILL)
     driver.wait()
-    psutil.wait_procs(family, timeout=60)
+    assert psutil.wait_procs(family, timeout=60)[1] == []
     assert not (config.folder / "outcome.json").exists()
     subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
     surviving = metrics_log.read(config.folder / "metrics")
     steps = [line["step"] for line in surviving if line["kind"] == "train"]
     assert steps == list(range(1, steps[-1] + 1)), "each step once in the surviving history"
     assert json.loads((config.folder / "outcome.json").read_text())["epoch"] == 8
+    (recovered,) = [
+        line["values"] for line in surviving if line["values"].get("event") == "recovered"
+    ]
+    assert recovered["cause"] == "the command was killed"
+    assert recovered["replayed"] <= 3
 
 
 @pytest.mark.ray
