@@ -31,6 +31,8 @@ class Witness(ControllerCallback):
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Note why the controller starts the workers again."""
+        if type(current_state) is type(previous_state):
+            return  # told of every look at running workers
         self._ledger.turned.remote()
         error = getattr(current_state, "training_failed_error", None)
         decision = getattr(current_state, "scaling_decision", None)
