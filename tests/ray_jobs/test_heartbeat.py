@@ -16,6 +16,7 @@ from data.errors import InputError
 from fusion.training.metrics_log import MetricsLog, read
 from fusion.training.progress import Progress
 from ray_jobs import capacity, recovery, supervise, train
+from ray_jobs.config import RunConfig, ScalingConfig
 from ray_jobs.heartbeat import Beat, Ledger, Status, Watched, innermost
 from ray_jobs.runs import RunFolder
 
@@ -175,8 +176,6 @@ class Told:
     ],
 )
 def test_a_hang_and_a_fault_end_the_run_at_once(tmp_path, monkeypatch, status, said):
-    from ray_jobs.config import RunConfig
-
     monkeypatch.setattr(supervise, "LOOK_EVERY_S", 0.01)
     config = RunConfig.model_validate(
         {
@@ -198,8 +197,6 @@ def test_a_hang_and_a_fault_end_the_run_at_once(tmp_path, monkeypatch, status, s
 
 
 def test_a_draining_node_of_the_run_asks_for_a_checkpoint(tmp_path, monkeypatch):
-    from ray_jobs.config import RunConfig
-
     monkeypatch.setattr(supervise, "LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(capacity, "draining_nodes", lambda: {"n1", "elsewhere"})
     config = RunConfig.model_validate(
@@ -235,6 +232,24 @@ def test_a_shortage_says_what_is_asked_and_what_is_there(workers, needed, nodes,
     else:
         with pytest.raises(InputError, match=said):
             raise InputError(found)
+
+
+@pytest.mark.parametrize(
+    ("limit", "refused"), [(None, True), ({"CPU": 1}, True), ({"CPU": 9}, False)]
+)
+def test_nodes_that_an_autoscaler_may_add_count(monkeypatch, limit, refused):
+    import ray
+
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    monkeypatch.setattr(capacity, "draining_nodes", set)
+    known = ray._private.state.state
+    monkeypatch.setattr(known, "get_max_resources_from_cluster_config", lambda: limit)
+    scaling = ScalingConfig(num_workers=(2, 8))
+    if refused:
+        with pytest.raises(InputError, match=r"asks for 2, .* 1 node\(s\) have room for 1"):
+            capacity.check(scaling)
+    else:
+        capacity.check(scaling)
 
 
 def test_a_watched_stream_beats_before_each_share():
