@@ -61,11 +61,17 @@ def doctor(
     config: Annotated[
         Path | None, typer.Argument(help="A run's YAML: also check that its inputs exist")
     ] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Look at every node instead")] = False,
+    address: Annotated[str | None, typer.Option(help="Ray address; default RAY_ADDRESS")] = None,
 ) -> None:
-    """Check this machine, and what a run needs: one line each, exit 1 if a run could not start."""
-    from ray_jobs import doctor as body
+    """Check this machine, and what a run needs: one line each, exit 1 if a run could not start.
 
-    lines, healthy = body.examine(config)
+    With --cluster: every node's versions, clock, GPUs, disk, base weights and shared storage.
+    """
+    from ray_jobs import doctor as body
+    from ray_jobs import nodes
+
+    lines, healthy = nodes.examine(config, address) if cluster else body.examine(config)
     say("\n".join(lines))
     raise typer.Exit(0 if healthy else 1)
 

@@ -41,6 +41,11 @@ def examine(config: Path | None = None) -> tuple[list[str], bool]:
     lines = [*_python(), *_machine(), *_torch(), *_ray()]
     if config is not None:
         lines += _inputs(config)
+    return text_lines(lines)
+
+
+def text_lines(lines: list[Line]) -> tuple[list[str], bool]:
+    """The lines as text, and whether none of them failed."""
     texts = [f"{verdict:<4}  {name:<10}  {detail}" for verdict, name, detail in lines]
     return texts, all(verdict != "FAIL" for verdict, _, _ in lines)
 
