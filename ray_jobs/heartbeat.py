@@ -258,7 +258,11 @@ class Pulse:
         import ray
         from ray.exceptions import GetTimeoutError, RayActorError
 
-        for controller in ray.get(self.ledger.controller.remote(), timeout=ANSWER_S):
+        try:
+            controllers = ray.get(self.ledger.controller.remote(), timeout=ANSWER_S)
+        except (GetTimeoutError, RayActorError):
+            return  # without its driver, Ray ends them too
+        for controller in controllers:
             try:
                 ray.get(controller.abort.remote(), timeout=ANSWER_S)
             except GetTimeoutError:
