@@ -1,4 +1,4 @@
-"""The cluster files are what Ray's launcher accepts, and start no Ray without its token."""
+"""The cluster files are what Ray's launcher accepts, and ask for a token; the image holds code."""
 
 from __future__ import annotations
 
@@ -77,3 +77,22 @@ def test_commands_are_sound_bash() -> None:
                 continue
             for command in commands:
                 subprocess.run(["bash", "-nc", command], check=True)
+
+
+def test_the_image_gets_code_and_nothing_else() -> None:
+    """Everything is kept from the builder but what is copied, and of that all kinds of data."""
+    rules = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    rules = [rule for rule in rules if rule and not rule.startswith("#")]
+    assert rules[0] == "*"
+    copied = [
+        word
+        for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+        if line.startswith("COPY ")
+        for word in line.split()[1:-1]
+    ]
+    allowed = {rule[1:] for rule in rules if rule.startswith("!") and "*" not in rule}
+    assert set(copied) == allowed
+    assert all((ROOT / name).exists() for name in copied)
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split("# Patient data", 1)[1]
+    patterns = {line for line in ignored.splitlines() if line.startswith("*")}
+    assert {f"**/{pattern}" for pattern in patterns} <= set(rules)
