@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import tempfile
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,16 @@ from data.tasks import CHEXPERT_LABELS, TaskSpec, task_spec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests see neither a home folder nor a cluster of the user's."""
+    home = tempfile.TemporaryDirectory(prefix="home-")
+    config.add_cleanup(home.cleanup)
+    os.environ["HOME"] = home.name
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        del os.environ[name]
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 
 @pytest.fixture(scope="session")
