@@ -24,7 +24,6 @@ from ray_jobs.runs import RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from ray_jobs.config import RunConfig
     from ray_jobs.heartbeat import Beat, Status
@@ -34,9 +33,6 @@ COMMAND = "stopped; the same command went on"
 PACE_S = 0.25
 HANG_S = 45.0
 NOTICE_S = 120.0
-EVERY_STEPS = 10
-PATIENTS = 150
-SEED = 2026
 START_S = 300.0
 
 
@@ -121,6 +117,32 @@ def drain(bench: Bench) -> str:
     return BY_ITSELF
 
 
+def torn(bench: Bench) -> str:
+    """Cut the newest checkpoint's weights short, then SIGKILL a worker; the one before holds."""
+    folder = RunFolder(bench.named("torn").folder)
+    cut: list[str] = []
+
+    def strike(status: Status) -> bool:
+        complete = sorted(folder.checkpoints.glob("step-*/COMPLETE"))
+        if len(complete) < 2:
+            return False
+        newest = complete[-1].parent
+        faults.truncate(min(newest.glob("rank-*/weights.safetensors")))
+        cut.append(newest.name)
+        victim = status.beats[-1]
+        _require(bench.strikers.kill(victim.node, victim.pid), f"process {victim.pid} lives on")
+        return True
+
+    bench.run(bench.named("torn"), Disturbance(PACE_S), strike)
+    passed_over = [
+        name
+        for line in metrics_log.follow_files(folder.metrics)
+        for name in line["values"].get("skipped", {})
+    ]
+    _require(cut[0] in passed_over, f"{cut[0]} was cut short, but the log does not say so")
+    return BY_ITSELF
+
+
 def hang(bench: Bench) -> str:
     """SIGSTOP a worker, so that the others wait in a collective; the error must name its rank."""
     victims: list[Beat] = []
@@ -191,6 +213,7 @@ def sigterm(bench: Bench) -> str:
 
 FAULTS: dict[str, Callable[[Bench], str]] = {
     "worker": worker,
+    "torn": torn,
     "hang": hang,
     "nan": nan,
     "shard": shard,
@@ -201,46 +224,6 @@ FAULTS: dict[str, Callable[[Bench], str]] = {
     "drain": drain,
     "node": node,
 }
-
-
-def prepare(path: Path | None, overrides: Sequence[str], folder: Path) -> RunConfig:
-    """The run to disturb: of a YAML, or small networks on a synthetic hospital made here.
-
-    Args:
-        path: The run's YAML; None for the synthetic one.
-        overrides: Dotted ones.
-        folder: Where its runs go, and the synthetic hospital.
-
-    Raises:
-        InputError: The YAML is wrong, or has stages.
-    """
-    from data.switches import Sources
-    from ray_jobs import extract
-
-    own = [f"runs_dir={folder / 'runs'}"]
-    if path is None:
-        own.append(f"data.shards={folder / 'shards'}")
-        own.append(f"data.batches.cache_dir={folder / 'cache'}")
-    runs = run_config.load(path or run_config.CONFIGS / "chaos.yaml", [*own, *overrides])
-    if len(runs) > 1:
-        raise InputError(f"{path}: has stages; give chaos one run")
-    config = runs[0]
-    if path is None:
-        from data.sources import synthetic
-
-        hospital = folder / "hospital"
-        synthetic.generate(
-            hospital, patients=PATIENTS, seed=SEED, release="mimic-iv-2.2", image_size=64
-        )
-        sources = Sources(
-            mimic_iv=hospital / "mimiciv" / "2.2", mimic_cxr=hospital / "mimic-cxr-jpg" / "2.0.0"
-        )
-        rules = config.data.extract
-        extract.run(sources, config.task, config.data.shards, preset="corrected", config=rules)
-    if config.checkpoint.every_steps is None:
-        update = {"checkpoint": config.checkpoint.model_copy(update={"every_steps": EVERY_STEPS})}
-        config = config.model_copy(update=update)
-    return config
 
 
 def run(
@@ -296,7 +279,7 @@ def _outcome(bench: Bench, name: str, undisturbed: RunFolder) -> Outcome:
     return Outcome(
         name,
         ended,
-        last["cause"],
+        str(last["cause"]).replace(f"{folder.path}/", ""),
         attempts,
         last["replayed"],
         last["seconds"],

@@ -176,13 +176,13 @@ def chaos(
     node from the cluster.
     """
     from ray_jobs import chaos as body
-    from ray_jobs import chaos_table, cluster
+    from ray_jobs import chaos_run, chaos_table, cluster
 
     if folder.exists():
         raise InputError(f"{folder}: exists already; choose another --folder, or remove it")
     names = faults.split(",") if faults else list(body.FAULTS)
     with cluster.connect(address, num_cpus=None if address else max(4, os.cpu_count() or 1)):
-        run = body.prepare(config, overrides or [], folder)
+        run = chaos_run.prepare(config, overrides or [], folder)
         outcomes = body.run(run, names, synthetic=config is None, say=say)
     say(chaos_table.table(outcomes))
     if out is not None:

@@ -91,16 +91,21 @@ class Striker:
         os.kill(pid, number)
 
     def gone(self, pid: int) -> bool:
-        """Whether the process has ended, or does so soon."""
+        """Whether the process has ended, or does so soon.
+
+        A container's first process may not reap what it adopts: a zombie has ended.
+        """
         import psutil
 
-        try:
-            psutil.Process(pid).wait(GONE_S)
-        except psutil.NoSuchProcess:
-            return True
-        except psutil.TimeoutExpired:
-            return False
-        return True
+        deadline = time.monotonic() + GONE_S
+        while time.monotonic() < deadline:
+            try:
+                if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                    return True
+            except psutil.NoSuchProcess:
+                return True
+            time.sleep(0.05)
+        return False
 
     def stopped(self, pid: int) -> bool:
         """Whether the process is held by SIGSTOP."""
@@ -191,6 +196,11 @@ def drain(node: str, seconds: float) -> None:
     accepted, why = client.drain_node(node, reason, "rayfuse chaos", deadline_ms)
     if not accepted:
         raise RuntimeError(f"the cluster refuses to drain node {node[:12]}: {why}")
+
+
+def truncate(path: Any) -> None:
+    """Leave the first half of a file."""
+    os.truncate(path, path.stat().st_size // 2)
 
 
 def flip(path: Any) -> None:

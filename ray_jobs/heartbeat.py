@@ -83,7 +83,7 @@ class Status:
     """What the ledger knows.
 
     Attributes:
-        beats: The newest of each rank of the present group, by rank.
+        beats: The newest of each rank of the present group, by rank; none once it is given up.
         unheard: Seconds since each of them was heard of, by rank.
         quiet: Seconds since anything moved: a worker's beat, or Ray's controller.
         fault: What a worker found that a restart cannot mend.
@@ -201,8 +201,10 @@ class Ledger:
     def status(self) -> Status:
         """All of it."""
         now = self._clock()
+        # Workers that are given up say nothing of where the next ones will be.
+        present = {} if self._pending else self._beats
         return Status(
-            tuple(self._beats[rank] for rank in sorted(self._beats)),
+            tuple(present[rank] for rank in sorted(present)),
             {rank: now - heard for rank, heard in self._heard.items()},
             now - self._moved,
             self._fault,
@@ -252,6 +254,7 @@ class Pulse:
     def lost(self, cause: str) -> None:
         """The present workers ended, and others follow."""
         self.ledger.lost.remote(cause)
+        self._asked = None  # an answer under way is of the workers that ended
 
     def abort(self) -> None:
         """End Ray's controller and, with it, its workers."""

@@ -1,10 +1,25 @@
-"""Finished runs with untrained weights on synthetic shards; all behind training is real."""
+"""Finished runs with untrained weights on synthetic shards, and Ray clusters of several nodes.
+
+All behind training is real.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import torch
 
@@ -15,9 +30,10 @@ from ray_jobs import config as run_config
 from ray_jobs.runs import RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
+BIN = Path(sys.executable).parent
+START_S = 180
 IMAGE = {"resize": 24, "size": 24, "augment": False}
 
 
@@ -92,3 +108,149 @@ def make_run(
         return run.folder
 
     return make
+
+
+@dataclass
+class Head:
+    """A head node of our own, further nodes beside it, and the variables that reach them.
+
+    Attributes:
+        address: Of the dashboard, http://...
+        gcs: host:port that nodes and drivers join.
+        environment: Of every command that is to use the cluster.
+        folder: 0700, with the token and every node's files.
+    """
+
+    address: str
+    gcs: str
+    environment: dict[str, str]
+    folder: Path
+    nodes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def rayfuse(self, *words: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        with self.started(*words, **variables) as process:
+            out, err = process.communicate(timeout=900)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def started(self, *words: str, **variables: str | None) -> subprocess.Popen[str]:
+        """Start a command."""
+        merged = {**self.environment, "RAY_API_SERVER_ADDRESS": self.address, **variables}
+        return subprocess.Popen(
+            [str(BIN / "rayfuse"), *words],
+            env={name: value for name, value in merged.items() if value is not None},
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell gives what it runs in the background SIGINT ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def add_node(self, num_cpus: int = 1) -> None:
+        """Join a further node to the cluster."""
+        number = len(self.nodes)
+        command = ["start", f"--address={self.gcs}", "--block", f"--num-cpus={num_cpus}"]
+        command += [f"--object-store-memory={80 * 2**20}"]
+        self.nodes.append(_ray(command, self.environment, self.folder / f"node-{number}.log"))
+
+    def wait_for_nodes(self, count: int) -> None:
+        """Until so many nodes are alive."""
+        script = (
+            "import ray, sys\nray.init(address=sys.argv[1], log_to_driver=False)\n"
+            "print(sum(node['Alive'] for node in ray.nodes()))"
+        )
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            command = [sys.executable, "-c", script, self.gcs]
+            done = subprocess.run(
+                command, env=self.environment, capture_output=True, text=True, check=False
+            )
+            if done.stdout.strip() == str(count):
+                return
+            time.sleep(1)
+        raise AssertionError(f"{count} nodes did not come up: {done.stdout} {done.stderr[-2000:]}")
+
+
+def _ray(words: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[str]:
+    with log.open("w") as handle:
+        return subprocess.Popen(
+            [str(BIN / "ray"), *words],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=handle,
+            stderr=handle,
+            text=True,
+        )
+
+
+def _free_ports(count: int) -> list[str]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [str(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process and all that it started, by their ids."""
+    if process.poll() is not None:
+        return
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    for one in alive:
+        one.kill()
+    process.wait(timeout=30)
+
+
+def _answers(address: str) -> bool:
+    host, port = address.removeprefix("http://").split(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+@pytest.fixture(scope="session")
+def start_head() -> Callable[..., Any]:
+    """`with start_head(num_cpus=2) as head:` a head node that asks for a token, ended after."""
+    return _head
+
+
+@contextmanager
+def _head(*, num_cpus: int) -> Iterator[Head]:
+    with tempfile.TemporaryDirectory(prefix="rf-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        assert folder.stat().st_mode & 0o777 == 0o700
+        token = folder / "auth_token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32), encoding="utf-8")
+        gcs, dashboard, agent, client = _free_ports(4)
+        environment = {
+            **os.environ,
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+        environment.pop("RAY_ADDRESS", None)
+        command = ["start", "--head", "--block", f"--num-cpus={num_cpus}"]
+        command += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+        command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
+        command += [f"--temp-dir={folder / 'r'}", f"--object-store-memory={128 * 2**20}"]
+        process = _ray(command, environment, folder / "head.log")
+        head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", environment, folder)
+        try:
+            deadline = time.monotonic() + START_S
+            while not _answers(head.address):
+                assert process.poll() is None, (folder / "head.log").read_text()
+                assert time.monotonic() < deadline, "the head did not come up"
+                time.sleep(0.5)
+            yield head
+            assert process.poll() is None, (folder / "head.log").read_text()[-3000:]
+        finally:
+            for node in head.nodes:
+                _end(node)
+            _end(process)

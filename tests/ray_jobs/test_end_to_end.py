@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,101 +18,18 @@ import yaml
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
+
+    Head = Any  # of conftest.py
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 BIN = Path(sys.executable).parent
 
 
-@dataclass
-class Head:
-    """A head node of our own: its dashboard, and the variables that reach it."""
-
-    address: str
-    environment: dict[str, str]
-    folder: Path
-
-    def rayfuse(self, *words: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
-        with self.started(*words, **variables) as process:
-            out, err = process.communicate(timeout=240)
-        return subprocess.CompletedProcess(words, process.returncode, out, err)
-
-    def started(self, *words: str, **variables: str | None) -> subprocess.Popen[str]:
-        merged = {**self.environment, "RAY_API_SERVER_ADDRESS": self.address, **variables}
-        return subprocess.Popen(
-            [str(BIN / "rayfuse"), *words],
-            env={name: value for name, value in merged.items() if value is not None},
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-
-def _free_ports(count: int) -> list[str]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [str(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a process and all that it started, by their ids."""
-    if process.poll() is not None:
-        return
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=15)
-    for one in alive:
-        one.kill()
-    process.wait(timeout=10)
-
-
-def _answers(address: str) -> bool:
-    host, port = address.removeprefix("http://").split(":")
-    with socket.socket() as probe:
-        return probe.connect_ex((host, int(port))) == 0
-
-
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    with tempfile.TemporaryDirectory(prefix="rf-") as name:
-        folder = Path(name)
-        assert folder.stat().st_mode & 0o777 == 0o700
-        token = folder / "auth_token"
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32), encoding="utf-8")
-        gcs, dashboard, agent, client = _free_ports(4)
-        environment = {
-            **os.environ,
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "1",
-        }
-        environment.pop("RAY_ADDRESS", None)
-        command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2"]
-        command += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-        command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
-        command += [f"--temp-dir={folder / 'r'}", f"--object-store-memory={128 * 2**20}"]
-        with (folder / "head.log").open("w") as log:
-            process = subprocess.Popen(
-                list(map(str, command)), env=environment, stdout=log, stderr=log, text=True
-            )
-        address = f"http://127.0.0.1:{dashboard}"
-        try:
-            deadline = time.monotonic() + 90
-            while not _answers(address):
-                assert process.poll() is None, (folder / "head.log").read_text()
-                assert time.monotonic() < deadline, "the head did not come up"
-                time.sleep(0.5)
-            yield Head(address, environment, folder)
-            assert process.poll() is None, (folder / "head.log").read_text()[-3000:]
-        finally:
-            _end(process)
+def head(start_head: Callable) -> Iterator[Head]:
+    with start_head(num_cpus=2) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 from data.errors import InputError
 from fusion.training.metrics_log import MetricsLog, read
 from fusion.training.progress import Progress
-from ray_jobs import capacity, recovery, supervise, train
+from ray_jobs import capacity, faults, recovery, supervise, train
 from ray_jobs.config import RunConfig, ScalingConfig
 from ray_jobs.heartbeat import Beat, Ledger, Status, Watched, innermost
 from ray_jobs.runs import RunFolder
@@ -291,3 +292,26 @@ def test_the_innermost_function_of_a_thread():
 def test_a_full_disk_is_told_from_other_faults(error, said):
     fault = train.full_disk(error, "/run")
     assert fault is None if said is None else re.search(said, fault)
+
+
+def test_workers_that_are_given_up_stand_nowhere(clock):
+    """Else new workers would be asked to leave the node that those before them left."""
+    ledger = Ledger(clock=clock)
+    ledger.hear("a", beat(0, 4))
+    assert ledger.status().nodes == {"n0"}
+    ledger.lost("a node was about to be taken away")
+    assert ledger.status().nodes == set()
+    ledger.hear("b", beat(0, 1, stage="strategy"))
+    assert ledger.status().nodes == {"n0"}
+
+
+def test_a_zombie_has_ended(monkeypatch):
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    try:
+        assert faults.Striker().gone(pid)
+    finally:
+        os.waitpid(pid, 0)
+    monkeypatch.setattr(faults, "GONE_S", 0.2)
+    assert not faults.Striker().gone(os.getpid()), "this one lives"

@@ -1,0 +1,78 @@
+"""`rayfuse chaos` on a cluster of four nodes: every fault is real, every result as undisturbed."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Rows = dict[str, dict[str, str]]
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+COLUMNS = ("fault", "ended", "cause", "attempts", "replayed", "seconds", "difference")
+BY_ITSELF, COMMAND = "went on by itself", "stopped; the same command went on"
+
+
+def _rows(page: str) -> Rows:
+    """The table's rows by fault."""
+    found = {}
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| ") and len(cells) == len(COLUMNS):
+            found[cells[0]] = dict(zip(COLUMNS, cells, strict=True))
+    del found["fault"]
+    return found
+
+
+def _chaos(
+    start_head: Callable, folder: Path, faults: str, nodes: int
+) -> dict[str, dict[str, str]]:
+    page = folder / "page.md"
+    with start_head(num_cpus=1) as head:
+        for _ in range(nodes - 1):
+            head.add_node()
+        head.wait_for_nodes(nodes)
+        words = ["chaos", "--address", head.gcs, "--folder", str(folder / "chaos")]
+        done = head.rayfuse(*words, "--faults", faults, "--out", str(page))
+        assert done.returncode == 0, done.stderr[-4000:]
+    return _rows(page.read_text(encoding="utf-8"))
+
+
+def test_what_is_lost_is_gone_on_without(start_head: Callable, tmp_path: Path) -> None:
+    rows = _chaos(start_head, tmp_path, "worker,torn,drain,node", nodes=4)
+    assert list(rows) == ["worker", "torn", "drain", "node"]
+    for row in rows.values():
+        assert row["ended"] == BY_ITSELF, row
+        assert row["difference"] == "0", row
+        assert int(row["attempts"]) == 2, row
+    assert re.search(r"process of rank 1 died", rows["worker"]["cause"])
+    assert "node" in rows["node"]["cause"]
+    assert "about to be taken away" in rows["drain"]["cause"]
+    interval = 8
+    assert int(rows["worker"]["replayed"]) <= interval
+    assert int(rows["node"]["replayed"]) <= interval
+    assert int(rows["torn"]["replayed"]) <= 2 * interval
+    assert int(rows["drain"]["replayed"]) == 0, "it wrote a checkpoint first"
+
+
+def test_what_stops_a_run_is_named_and_the_same_command_goes_on(
+    start_head: Callable, tmp_path: Path
+) -> None:
+    rows = _chaos(start_head, tmp_path, "hang,nan,shard,disk,driver,sigterm", nodes=2)
+    assert list(rows) == ["hang", "nan", "shard", "disk", "driver", "sigterm"]
+    for row in rows.values():
+        assert row["ended"] == COMMAND, row
+        assert row["difference"] == "0", row
+        assert int(row["attempts"]) >= 2, row
+    assert re.search(r"rank 1 \(pid \d+ on", rows["hang"]["cause"])
+    assert "NaN or infinite" in rows["nan"]["cause"]
+    assert "stay_id" in rows["nan"]["cause"] or "rows" in rows["nan"]["cause"]
+    assert ".parquet" in rows["shard"]["cause"]
+    assert "cannot be written" in rows["disk"]["cause"]
+    assert rows["driver"]["cause"] == "the command was killed"
+    assert int(rows["sigterm"]["replayed"]) == 0
