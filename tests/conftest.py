@@ -32,7 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HOME"] = home.name
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         del os.environ[name]
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray's workers yield to everything else: on a busy machine a test of theirs would not end.
+    os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"})
 
 
 @pytest.fixture(scope="session")
