@@ -29,7 +29,7 @@ VERBS = {
     "train",
 }
 DATA_VERBS = {"synth", "fetch", "plan", "stage", "extract", "describe", "check", "diff"}
-RUNS_VERBS = {"logs", "ls", "stop"}
+RUNS_VERBS = {"gc", "logs", "ls", "pull", "stop"}
 
 
 def _rayfuse(*words: str) -> subprocess.CompletedProcess[str]:
