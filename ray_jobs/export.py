@@ -74,7 +74,6 @@ def run(run_folder: Path, out: Path) -> Path:
 
     from data.normalise import normalizer_for
     from data.reader import ShardReader
-    from fusion.training.checkpoint import detached
     from ray_jobs import inference, model_card
 
     _refuse_filled(out)
@@ -88,7 +87,11 @@ def run(run_folder: Path, out: Path) -> Path:
         out.rmdir()
     with atomic_path(out) as folder:
         folder.mkdir()
-        save_file(detached(dict(trained.model.state_dict())), folder / WEIGHTS)
+        # Copies, for safetensors refuses tensors that share memory (tied weights).
+        state = trained.model.state_dict().items()
+        save_file(
+            {name: value.cpu().contiguous().clone() for name, value in state}, folder / WEIGHTS
+        )
         write_json(folder / CONFIG, _config(trained, reader.manifest))
         write_json(folder / PREPROCESSING, _preprocessing(trained, reader.manifest, normalizer))
         card = model_card.text(trained, reader.manifest, RunFolder(run_folder))

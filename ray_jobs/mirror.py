@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ray_jobs.config import RunConfig
     from ray_jobs.storage import Store
 
-_CHECKPOINT = re.compile(r"checkpoints/(step-(\d+))/(.+)")
+_CHECKPOINT = re.compile(r"checkpoints/(step-\d+)/(.+)")
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class Mirror:
             return Pulled()
         held = self.store.names()
         own = newest_complete(self._run.checkpoints)
-        step, skipped = self._pull_checkpoint(held, _step(own.path) if own.path else -1)
+        step, skipped = self._pull_checkpoint(held, _step(own.path.name) if own.path else -1)
         if step is not None:
             shutil.rmtree(self._run.metrics, ignore_errors=True)
             shutil.rmtree(self._run.best, ignore_errors=True)
@@ -196,8 +196,9 @@ class Mirror:
         from fusion.training.checkpoint import COMPLETE
 
         skipped: dict[str, str] = {}
-        for name, parts in sorted(_checkpoints(held).items(), key=_number, reverse=True):
-            step = int(name.removeprefix("step-"))
+        found = _checkpoints(held)
+        for name in sorted(found, key=_step, reverse=True):
+            step, parts = _step(name), found[name]
             if step <= newer_than:
                 break
             if COMPLETE not in parts:
@@ -310,16 +311,12 @@ def _checkpoints(names: dict[str, int]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         if match := _CHECKPOINT.fullmatch(name):
-            found.setdefault(match[1], []).append(match[3])
+            found.setdefault(match[1], []).append(match[2])
     return found
 
 
-def _number(item: tuple[str, list[str]]) -> int:
-    return int(item[0].removeprefix("step-"))
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+def _step(checkpoint: str) -> int:
+    return int(checkpoint.removeprefix("step-"))
 
 
 def _in_order(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from ray_jobs import doctor, storage
+from ray_jobs import doctor, lineage, storage
 from ray_jobs.config import RunConfig
 
 
@@ -72,7 +72,9 @@ def test_a_path_of_another_form_is_refused_with_the_config(path, said):
 def test_a_folder_takes_the_place_of_runs_dir():
     assert config(runs_dir="here").folder == Path("here/one")
     assert config(runs_dir="here", storage_path="/nfs/runs").folder == Path("/nfs/runs/one")
-    assert config(runs_dir="here", storage_path="s3://b/runs").folder == Path("here/one")
+    in_bucket = config(runs_dir="here", storage_path="s3://b/runs")
+    assert in_bucket.folder == Path("here/one")
+    assert lineage.differences(config(), in_bucket) == [], "a run may move"
 
 
 def test_a_missing_bucket_is_named(s3, tmp_path):
