@@ -41,12 +41,17 @@ def run(export: Path, source: Path, out: Path, *, batch_size: int = 64, gpu: boo
         Episodes.
 
     Raises:
-        InputError: The export was altered, or a file, row, column, unit or channel is wrong.
+        InputError: The export was altered, a file, row, column, unit or channel is wrong, or there
+            is no GPU.
     """
+    import torch
+
     from fusion.tasks import Task
     from fusion.training.predict import predict
     from ray_jobs.export import load
 
+    if gpu and not torch.cuda.is_available():
+        raise InputError("--gpu: PyTorch sees no GPU here; leave it out")
     exported = load(export)
     rows, ids = _open(exported, source)
     model = exported.model.to("cuda") if gpu else exported.model

@@ -239,3 +239,35 @@ def test_a_model_without_images_leaves_them_out(make_run, tmp_path):
     (folder / "images.csv").write_text("episode_id,path\n1,broken.jpg\n")
     (folder / "series.csv").write_text("episode_id,hours,channel,value\n1,2,pH,7.3\n")
     assert predict.run(out, folder, tmp_path / "out.parquet") == 1
+
+
+def test_a_model_of_images_alone_is_asked_by_image(make_run, make_shards, tmp_path):
+    shards = tmp_path / "shards"
+    make_shards(shards, rows=20, task="radiology", image_size=256)
+    run = make_run("resnet34", shards=shards, task="radiology")
+    evaluate.run(run)
+    found = prediction_file.read(RunFolder(run).evaluation("test") / prediction_file.FILE_NAME)
+    expected = dict(zip(found.keys["dicom_id"].to_pylist(), found.probabilities, strict=True))
+    out = export.run(run, tmp_path / "out")
+    folder = tmp_path / "input"
+    folder.mkdir()
+    rows = [
+        row for part in (shards / "shards").iterdir() for row in pq.read_table(part).to_pylist()
+    ]
+    test = [row for row in rows if row["split"] == "test"]
+    for row in test:
+        (folder / f"{row['dicom_id']}.jpg").write_bytes(row["cxr"])
+    lines = [f"{row['dicom_id']},{row['dicom_id']}.jpg" for row in test]
+    (folder / "images.csv").write_text("\n".join(["episode_id,path", *lines]) + "\n")
+    for source in (shards, folder):
+        predict.run(out, source, tmp_path / "predictions.parquet")
+        predicted = _predicted(tmp_path / "predictions.parquet")
+        assert expected.keys() <= predicted.keys()
+        for name, probabilities in expected.items():
+            np.testing.assert_allclose(predicted[name], probabilities, atol=1e-6)
+
+
+def test_a_gpu_that_is_not_there_is_named(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match="--gpu: PyTorch sees no GPU"):
+        predict.run(exported, tmp_path, tmp_path / "out.parquet", gpu=True)

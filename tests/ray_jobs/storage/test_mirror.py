@@ -254,6 +254,27 @@ def test_a_name_in_the_bucket_belongs_to_its_config(make_config, s3):
     assert lineage.claim(config, manifest, fork=False).name == "one"
 
 
+def test_a_bucket_is_checked_before_anything_starts(make_config, s3):
+    from ray_jobs import train as job
+
+    config = make_config("unmade", s3("not-made", make=False))
+    with pytest.raises(InputError, match="bucket 'not-made' does not exist"):
+        job.run(config)
+    assert not config.runs_dir.exists()
+
+
+def test_a_run_that_another_machine_trains_is_refused(make_config, memory, monkeypatch, tmp_path):
+    monkeypatch.setattr(mirror, "of", lambda config, folder: Mirror(memory, folder))
+    monkeypatch.setattr(mirror.lease, "RENEW_S", 0.05)
+    (tmp_path / "there").mkdir()
+    with (
+        mirror.lease.held(memory, tmp_path / "there"),
+        pytest.raises(InputError, match="being trained by another command"),
+    ):
+        train(make_config("here"))
+    assert set(memory.objects) == set(), "nothing was put"
+
+
 def test_a_place_without_a_run_is_refused(s3, tmp_path):
     path = s3("empty")
     with pytest.raises(InputError, match=r"s3://empty/runs: no run there"):
