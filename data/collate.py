@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -13,14 +13,34 @@ from data.series import expand
 from data.transforms import IMAGENET_MEAN, IMAGENET_STD, pixels
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from numpy.typing import NDArray
 
     from data.batches import BatchConfig
     from data.normalise import Normalizer
-    from data.reader import Series, ShardReader
+    from data.reader import Series
 
     Rows = NDArray[np.int64]
+
+
+class Source(Protocol):
+    """Where rows come from: a ShardReader, or `data.episodes.Episodes`."""
+
+    folder: Path
+    has_ehr: NDArray[np.bool_]
+    has_cxr: NDArray[np.bool_]
+    labels: NDArray[np.float32]
+    cxr_labels: NDArray[np.float32]
+
+    def series(self, rows: Rows, max_steps: int | None = None) -> Series:
+        """The series of `rows`, each cut to its first `max_steps` bins."""
+        ...
+
+    def image(self, row: int) -> bytes:
+        """The JPEG bytes of a row that has an image."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +67,7 @@ class Packer:
 
     def __init__(
         self,
-        reader: ShardReader,
+        reader: Source,
         config: BatchConfig,
         normalizer: Normalizer,
         *,
@@ -97,7 +117,7 @@ def pad(features: NDArray[np.float32], series: Series) -> NDArray[np.float32]:
     return padded
 
 
-def to_batch(packed: PackedBatch, reader: ShardReader) -> Batch:
+def to_batch(packed: PackedBatch, reader: Source) -> Batch:
     """The batch a model gets."""
     import torch
 

@@ -196,6 +196,15 @@ def shrink_image(raw: bytes, short_side: int) -> tuple[bytes, str]:
     return buffer.getvalue(), repair
 
 
+def is_prepared(raw: bytes, short_side: int) -> bool:
+    """Whether an image is a grey JPEG of that short side already, so that nothing is to be done."""
+    try:
+        image: Image.Image = Image.open(io.BytesIO(raw), formats=("JPEG",))
+    except (OSError, SyntaxError, ValueError, EOFError):
+        return False
+    return image.mode == "L" and min(image.size) == short_side
+
+
 def _repair_of(encoded: bytes) -> str:
     comment: bytes = Image.open(io.BytesIO(encoded)).info.get("comment", b"")
     return comment.decode("ascii", "replace")

@@ -141,6 +141,46 @@ def report(
 
 
 @app.command()
+def export(
+    run: Folder,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for it; default: export in the run's folder")
+    ] = None,
+) -> None:
+    """Put a run's best weights and all that predicting needs into one folder.
+
+    Weights (safetensors), config, preprocessing, a model card, and a hash of each file.
+    """
+    from ray_jobs import export as body
+
+    written = body.run(run, out or run / "export")
+    say(
+        f"wrote {written}; predict with `rayfuse predict {written} INPUT --out predictions.parquet`"
+    )
+
+
+@app.command()
+def predict(
+    export: Annotated[Path, typer.Argument(help="A folder that `rayfuse export` wrote")],
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="Folder of tables (docs/export.md) or shards")
+    ],
+    out: Annotated[Path, typer.Option(help="Parquet file for the probabilities")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Episodes at a time")] = 64,
+    gpu: Annotated[bool, typer.Option("--gpu", help="On the first GPU")] = False,
+) -> None:
+    """Predict new episodes with an export alone: a probability for each label of each episode.
+
+    INPUT holds series.parquet or series.csv (episode_id, hours, channel, value) and, for models of
+    X-rays, images.parquet or images.csv (episode_id, path).
+    """
+    from ray_jobs import predict as body
+
+    count = body.run(export, source, out, batch_size=batch_size, gpu=gpu)
+    say(f"wrote {out}: {count} episodes")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where tables, shards, runs, reports go")] = Path(
         "runs/demo"

@@ -72,3 +72,37 @@ def stop(
     client = jobs.connect(address)
     ended = jobs.stop(client, jobs.details(client, name), now=now)
     say(f"{ended.submission_id}: {ended.status.value.lower()}")
+
+
+@app.command()
+def gc(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, or one of runs")] = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go")] = False,
+    keep: Annotated[
+        int | None,
+        typer.Option(min=0, help="Checkpoints to keep; default: each run's checkpoint.num_to_keep"),
+    ] = None,
+) -> None:
+    """Remove what no run needs: torn checkpoints, surplus ones, what killed commands left.
+
+    Best weights stay, and so does the newest whole checkpoint of an unfinished run. A run that is
+    being trained is left alone. Buckets are not touched.
+    """
+    from ray_jobs import garbage
+
+    say(garbage.report(garbage.collect(folder, keep=keep, dry_run=dry_run), dry_run=dry_run))
+
+
+@app.command()
+def pull(
+    uri: Annotated[str, typer.Argument(help="A run in a bucket, e.g. s3://BUCKET/PREFIX/NAME")],
+    out: Annotated[Path, typer.Option(help="Folder that holds the folders of runs")] = Path("runs"),
+) -> None:
+    """Fetch a run from its bucket, to evaluate, report or export it here.
+
+    Its config, metrics, best weights and newest whole checkpoint come, into OUT/NAME.
+    """
+    from ray_jobs import mirror
+
+    folder = mirror.fetch(uri, out)
+    say(f"fetched {folder}; evaluate with `rayfuse evaluate {folder}`")

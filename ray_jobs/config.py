@@ -19,6 +19,7 @@ from fusion import registry
 from fusion.metrics.config import EvaluateConfig
 from fusion.training.config import CheckpointConfig, TrainConfig
 from fusion.training.optim import OptimConfig
+from ray_jobs import storage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,6 +89,9 @@ class RunConfig(Config):
     """A sentence on what the run is, shown at the head of its report."""
     runs_dir: Path = Path("runs")
     """Folder that holds the folders of runs."""
+    storage_path: str | None = None
+    """Where runs are kept: a folder, in place of `runs_dir`; or s3://BUCKET/PREFIX or gs://..., to
+    which each run's folder is copied as it trains, and fetched from before it starts."""
     preset: Preset = "corrected"
     task: str
     model: SerializeAsAny[Config]
@@ -114,6 +118,8 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _coherent(self) -> RunConfig:
+        if self.storage_path is not None and (wrong := storage.fault(self.storage_path)):
+            raise ValueError(wrong)
         spec = task_spec(self.task)
         kind = registry.get(self.model.name)  # type: ignore[attr-defined]
         if not set(kind.modalities) & set(spec.modalities):
@@ -142,7 +148,9 @@ class RunConfig(Config):
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return self.runs_dir / self.name
+        kept = self.storage_path
+        home = self.runs_dir if kept is None or storage.in_bucket(kept) else Path(kept)
+        return home / self.name
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> list[RunConfig]:

@@ -123,9 +123,21 @@ def _inputs(path: Path) -> Iterator[Line]:
         yield from _run_inputs(run, made={str(other.folder) for other in runs})
 
 
+def _storage(run: RunConfig) -> Line:
+    from ray_jobs import storage
+
+    place = run.storage_path if storage.in_bucket(run.storage_path) else run.folder.parent
+    try:
+        storage.check(run)
+    except InputError as error:
+        return ("FAIL", "storage", f"{run.name}: {error}")
+    return ("ok", "storage", f"{run.name}: {place} can be written")
+
+
 def _run_inputs(run: RunConfig, *, made: set[str]) -> Iterator[Line]:
     from data.manifest import FILE_NAME
 
+    yield _storage(run)
     sources = [(name, folder) for name, folder in run.data.sources if folder is not None]
     if (run.data.shards / FILE_NAME).is_file():
         yield ("ok", "shards", f"{run.name}: {run.data.shards}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from data.loader import BatchLoader
+    from data.manifest import Manifest
     from data.schema import Batch
     from fusion.model import FusionModel
     from fusion.training.predict import Predictions
@@ -96,15 +97,28 @@ def open_split(trained: Trained, split: str) -> BatchLoader:
         train=False,
         rows="partial",
     )
-    learnt_on = trained.meta.get("lineage", {}).get("manifest")
-    if learnt_on not in (None, stream.reader.manifest.digest):
+    try:
+        check_learnt_on(trained, stream.reader.manifest)
+    except InputError:
         stream.close()
+        raise
+    return stream
+
+
+def check_learnt_on(trained: Trained, manifest: Manifest) -> None:
+    """Refuse shards that a run was not trained on.
+
+    Raises:
+        InputError: They are others.
+    """
+    config = trained.config
+    learnt_on = trained.meta.get("lineage", {}).get("manifest")
+    if learnt_on not in (None, manifest.digest):
         raise InputError(
             f"{config.data.shards}: not the shards that {config.name} was trained on (manifest "
-            f"{stream.reader.manifest.digest[:12]}, then {learnt_on[:12]}); put those back, or "
-            "train again under another name"
+            f"{manifest.digest[:12]}, then {learnt_on[:12]}); put those back, or train again under "
+            "another name"
         )
-    return stream
 
 
 def predict(

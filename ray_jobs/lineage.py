@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from data.errors import InputError
 from data.files import sha256_json, write_json
 from ray_jobs import config as run_config
+from ray_jobs import mirror
 from ray_jobs.inference import load_config
 from ray_jobs.runs import RunFolder
 
@@ -35,6 +36,7 @@ _FREE = (
     "name",
     "note",
     "runs_dir",
+    "storage_path",
     "scaling",
     "checkpoint",
     "evaluate",
@@ -147,6 +149,7 @@ def claim(config: RunConfig, manifest: Manifest, *, fork: bool) -> RunConfig:
     for name in itertools.chain([config.name], names):
         taken = config.model_copy(update={"name": name})
         folder = RunFolder(taken.folder)
+        mirror.identify(taken)
         faults = _faults(folder, taken, manifest)
         if not faults:
             break

@@ -77,7 +77,7 @@ def survey(runs: list[RunConfig]) -> list[Node]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     weights = sorted({str(file.absolute()) for run in runs for file in _weights(run)})
-    storage = sorted({str(run.runs_dir.absolute()) for run in runs})
+    storage = sorted({str(run.folder.parent.absolute()) for run in runs})
     probe = ray.remote(num_cpus=0, max_restarts=0)(Probe)
     alive = [node for node in ray.nodes() if node["Alive"]]
     actors = {

@@ -11,6 +11,7 @@ from fusion.tasks import Task
 from fusion.training import loop
 from fusion.training.initialise import initial_weights
 from fusion.training.metrics_log import MetricsLog, Silent
+from ray_jobs import mirror
 from ray_jobs.heartbeat import Watched
 from ray_jobs.recovery import Recovery
 from ray_jobs.supervise import stop_flag
@@ -61,7 +62,7 @@ def open_session(
     kind = registry.get(config.model.name)  # type: ignore[attr-defined]
     settings = loop.Settings(config.train, config.optim, config.checkpoint, config.seed)
     loop.prepare(strategy, lambda: kind(config.model, task.spec), settings)
-    return loop.Session(
+    session = loop.Session(
         strategy,
         task,
         settings,
@@ -72,6 +73,9 @@ def open_session(
         initial=lambda shapes: initial_weights(shapes, config.init_from),
         stop_requested=stop_flag(folder.path / stop, strategy.rank),
     )
+    if (copy := mirror.of(config, folder.path)) is not None:
+        session.saver.on_written, session.saver.on_removed = copy.written, copy.removed
+    return session
 
 
 def listen(session: loop.Session, heart: Heart, folder: RunFolder) -> None:

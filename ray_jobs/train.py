@@ -19,7 +19,7 @@ from data.errors import InputError
 from data.files import write_json
 from data.manifest import Manifest
 from data.shards import missing_classes, refuse_unlearnable
-from ray_jobs import capacity, cluster, lineage, recovery, supervise
+from ray_jobs import capacity, cluster, lineage, mirror, recovery, storage, supervise
 from ray_jobs import config as run_config
 from ray_jobs.runs import RunFolder
 
@@ -68,7 +68,7 @@ def run(config: RunConfig, *, fork: bool = False, observer: Observer | None = No
 
     Raises:
         InputError: The shards do not fit, the name belongs to another config, the cluster is too
-            small, the loss is not finite, the disk is full, or the workers hang.
+            small, the loss is not finite, the disk is full, the storage fails, or the workers hang.
         KeyboardInterrupt: After Ctrl-C; after SIGTERM, `supervise.Terminated`.
     """
     manifest = Manifest.load(config.data.shards)
@@ -76,22 +76,26 @@ def run(config: RunConfig, *, fork: bool = False, observer: Observer | None = No
     refuse_unlearnable(manifest)
     if lacking := missing_classes(manifest):
         logger.warning("%s (%d such in all; see `rayfuse data describe`)", lacking[0], len(lacking))
+    storage.check(config)
     config = lineage.claim(config, manifest, fork=fork)
     folder = RunFolder(config.folder.absolute())
-    if folder.outcome.is_file():
-        logger.info("%s is finished already", config.name)
-        return folder.path
     document = {
         "config": config.model_dump(mode="json"),
         "lineage": lineage.lineage(config, manifest),
         "environment": lineage.environment(),
     }
-    with lineage.locked(folder), cluster.connect():
-        capacity.check(config.scaling)
-        lost = recovery.before(folder)
-        with recovery.noted(folder):
-            result = _fit(config, folder, document, lost, observer or Observer())
-    write_json(folder.outcome, {**result, "time": time.time()})
+    with lineage.locked(folder), mirror.kept(config, folder) as copy:
+        if folder.outcome.is_file():
+            logger.info("%s is finished already", config.name)
+            return folder.path
+        with cluster.connect():
+            capacity.check(config.scaling)
+            lost = recovery.before(folder)
+            with recovery.noted(folder):
+                result = _fit(config, folder, document, lost, observer or Observer())
+        write_json(folder.outcome, {**result, "time": time.time()})
+        if copy is not None:
+            copy.push()
     shutil.rmtree(folder.path / HIDDEN, ignore_errors=True)
     return folder.path
 

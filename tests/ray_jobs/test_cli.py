@@ -20,14 +20,16 @@ VERBS = {
     "demo",
     "doctor",
     "evaluate",
+    "export",
     "import-weights",
+    "predict",
     "report",
     "runs",
     "submit",
     "train",
 }
 DATA_VERBS = {"synth", "fetch", "plan", "stage", "extract", "describe", "check", "diff"}
-RUNS_VERBS = {"logs", "ls", "stop"}
+RUNS_VERBS = {"gc", "logs", "ls", "pull", "stop"}
 
 
 def _rayfuse(*words: str) -> subprocess.CompletedProcess[str]:
