@@ -299,7 +299,7 @@ with cluster.connect(num_cpus=3):
 @pytest.mark.slow
 def test_a_machine_that_is_gone_is_replaced(make_config, s3, tmp_path):
     """Two workers; driver and Ray are killed, their disk is lost: another machine goes on."""
-    wide = {"scaling": {"num_workers": 2, "strategy": "ddp"}, "train": {"epochs": 8}}
+    wide = {"scaling": {"num_workers": 2, "strategy": "ddp"}, "train": {"epochs": 5}}
     wide["train"] |= {"batch_size": 5, "log_every_steps": 1}
     files = []
     for home, place in (
@@ -319,7 +319,7 @@ def test_a_machine_that_is_gone_is_replaced(make_config, s3, tmp_path):
             [sys.executable, "-c", SCRIPT, str(killed)], env=environment, stderr=handle
         )
     store = storage.open_store(first.storage_path, "one")
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while not any(name.endswith("COMPLETE") for name in store.names("checkpoints/")):
         assert time.monotonic() < deadline
         assert driver.poll() is None, said.read_text()[-2000:]
@@ -336,7 +336,7 @@ def test_a_machine_that_is_gone_is_replaced(make_config, s3, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
