@@ -14,10 +14,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from data.errors import InputError
 from data.manifest import Manifest
 from fusion.training import metrics_log
+from fusion.training.checkpoint import read_weights
 from fusion.training.strategy import Single
 from ray_jobs import capacity, lineage, session, train
 from ray_jobs import config as run_config
@@ -98,7 +100,7 @@ def test_a_killed_worker_changes_nothing_in_the_result(make_config):
         if line["values"].get("event") == "start"
     ]
     assert starts[0] == 0
-    assert starts[1] >= 9
+    assert starts[1] >= 6, "the checkpoint of step 9 may have been on its way to the disk"
     (recovered,) = [
         line["values"]
         for line in metrics_log.read(killed / "metrics")
@@ -107,7 +109,7 @@ def test_a_killed_worker_changes_nothing_in_the_result(make_config):
     assert re.fullmatch(r"the process of rank [01] died", recovered["cause"])
     assert recovered["attempt"] == 2
     assert starts[1] + recovered["replayed"] >= 11
-    assert recovered["replayed"] <= 3, "at most one checkpoint interval"
+    assert recovered["replayed"] <= 6, "an interval, and one that was being written"
     curves = [
         [
             line["values"]["loss"]
@@ -117,8 +119,9 @@ def test_a_killed_worker_changes_nothing_in_the_result(make_config):
         for run in (undisturbed, killed)
     ]
     assert curves[0] == curves[1]
-    weights = [(run / "best" / "model.safetensors").read_bytes() for run in (undisturbed, killed)]
-    assert weights[0] == weights[1]
+    weights = [read_weights(run / "best")[0] for run in (undisturbed, killed)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     outcomes = [json.loads((run / "outcome.json").read_text()) for run in (undisturbed, killed)]
     for outcome in outcomes:
         del outcome["time"]
@@ -180,7 +183,7 @@ def test_a_killed_cluster_is_continued_by_the_same_command(make_config, tmp_path
         line["values"] for line in surviving if line["values"].get("event") == "recovered"
     ]
     assert recovered["cause"] == "the command was killed"
-    assert recovered["replayed"] <= 3
+    assert recovered["replayed"] <= 6
 
 
 @pytest.mark.ray

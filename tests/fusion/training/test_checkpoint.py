@@ -20,7 +20,7 @@ from fusion.training.strategy import owner
 FILES = [
     "rank-0000/weights.safetensors",
     "rank-0000/moments.safetensors",
-    "rank-0000/random.safetensors",
+    "rank-0000/worker.safetensors",
     "meta.json",
     "COMPLETE",
 ]
@@ -98,7 +98,8 @@ def test_old_and_torn_ones_are_removed(trained):
     checkpoints = folder / "checkpoints"
     (checkpoints / "step-00000005").mkdir()
     (checkpoints / "notes").mkdir()
-    session.saver.save(Progress(updates=7), session.schedule, {})
+    with session.saver:
+        session.saver.save(Progress(updates=7), session.schedule, {})
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == ["notes", "step-00000006", "step-00000007"]
 
@@ -124,7 +125,8 @@ def test_best_weights_come_back_or_are_refused(trained, tmp_path):
     assert meta["config"] == {"seed": 3}
     assert set(tensors) == set(session.strategy.model.state_dict())
     shutil.copytree(folder / "best", tmp_path / "best")
-    with (tmp_path / "best" / "model.safetensors").open("ab") as handle:
+    (part,) = (tmp_path / "best").glob("parts-*/rank-0000.safetensors")
+    with part.open("ab") as handle:
         handle.write(b"x")
     with pytest.raises(InputError, match="not the file"):
         checkpoint.read_weights(tmp_path / "best")

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from fusion.training import checkpoint
+
 DROPOUT = {"dropout": 0.4, "batch_norm": True}
 
 
@@ -47,6 +49,13 @@ def outcomes(harness, train_jobs, tmp_path_factory):
     return ran
 
 
+def assert_equal(ours, theirs):
+    """Two mappings of tensors, to the bit."""
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
 def updates(outcome):
     """The updates at which worker 0 logged training, in order."""
     return [line["updates"] for line in outcome.results[0]["lines"] if line["kind"] == "train"]
@@ -61,14 +70,18 @@ def test_the_continued_run_is_bit_equal_to_the_undisturbed_one(outcomes, first, 
         assert outcomes[first].codes == [0, 0]
         assert outcomes[first].results[0]["ending"] == "interrupted"
     assert continued.codes == [0, 0], continued.stderr[-2000:]
-    assert updates(continued)[0] == 5, "the very next step"
-    assert continued.curve() == undisturbed.curve()[4:]
+    following = updates(continued)[0]
+    # A kill may meet the checkpoint of step 4 on its way to the disk; then that of step 3 counts.
+    assert following in ((4, 5) if first == "killed" else (5,)), "the very next step"
+    assert continued.curve() == undisturbed.curve()[following - 1 :]
     assert continued.scores() == undisturbed.scores()[1:]
     for mine, theirs in zip(continued.weights, undisturbed.weights, strict=True):
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    best = [outcomes["root"] / name / "best" for name in (first, "undisturbed")]
-    weights = [(folder / "model.safetensors").read_bytes() for folder in best]
-    assert weights[0] == weights[1]
+    best = [
+        checkpoint.read_weights(outcomes["root"] / name / "best")[0]
+        for name in (first, "undisturbed")
+    ]
+    assert_equal(*best)
 
 
 @pytest.mark.parametrize(("name", "steps"), [("moved-to-1", 7), ("moved-to-3", 5)])
@@ -116,7 +129,7 @@ def test_a_checkpoint_is_written_when_the_last_one_is_old_enough(outcomes):
     outcome = outcomes["timed"]
     assert outcome.codes == [0, 0], outcome.stderr[-2000:]
     saved = [
-        line["updates"]
+        line["values"]["updates"]
         for line in outcome.results[0]["lines"]
         if line["values"].get("event") == "checkpoint"
     ]
