@@ -187,9 +187,8 @@ class Saver:
             attempt.target.name, progress.updates, part, whole, attempt.abandoned, began
         )
         self.start_clock()
-        if self.config.asynchronous:
-            self._flight.held_s = time.monotonic() - began
-        else:
+        self._flight.held_s = time.monotonic() - began
+        if not self.config.asynchronous:
             self.settle()
 
     def failing(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from data.errors import InputError
 from data.manifest import Manifest
 from fusion.training import metrics_log
 from fusion.training.checkpoint import read_weights
+from fusion.training.flight import SaveError, raise_alike
 from fusion.training.strategy import Single
 from ray_jobs import capacity, lineage, session, train
 from ray_jobs import config as run_config
@@ -234,6 +236,22 @@ def test_a_name_belongs_to_one_config(make_config, shards):
     assert lineage.claim(other, manifest, fork=True).name == "one-2", "continues its own fork"
     third = make_config(optim__lr=0.25)
     assert lineage.claim(third, manifest, fork=True).name == "one-3"
+
+
+def test_a_checkpoint_that_a_full_disk_refuses_is_told_as_one():
+    """By the number of the system's error, or by the text of safetensors' own."""
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device", "/disk/part"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ):
+        with pytest.raises(SaveError) as caught:
+            raise_alike(Single(), "checkpoint step-00000004", error)
+        place = "/disk/part" if isinstance(error, OSError) else "/run"
+        said = f"{place}: cannot be written (No space left on device); free space there"
+        assert train.full_disk(caught.value, "/run") == said
+    with pytest.raises(SaveError) as caught:
+        raise_alike(Single(), "checkpoint step-00000004", RuntimeError("the bucket is gone"))
+    assert train.full_disk(caught.value, "/run") is None
 
 
 def test_other_shards_under_the_same_name_are_refused(make_config, make_shards, shards, tmp_path):
