@@ -57,3 +57,5 @@ class CheckpointConfig(Config):
     every_minutes: float | None = Field(default=None, gt=0)
     """Also when the last one is that old, by worker 0's clock, after the step in hand."""
     num_to_keep: int = Field(default=2, ge=1)
+    asynchronous: bool = True
+    """Training waits only for a copy in host memory; a thread writes it. False: until written."""
