@@ -72,7 +72,7 @@ def train_jobs():
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=3600,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
