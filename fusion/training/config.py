@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from data.config import Config
 
+StrategyName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Offload = Literal["none", "optimizer", "all"]
+
 
 class TrainConfig(Config):
     """The loop."""

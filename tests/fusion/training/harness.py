@@ -209,6 +209,27 @@ class LocalCensus(DataParallel):
         return tensor.clone() if len(tensor) > 30 else super().sum(tensor)
 
 
+def deafen(name: str) -> None:
+    """What must not be: no worker hears of the others' gradients."""
+    if name == "ddp":
+        DataParallel.accumulate = lambda self, phase, last: self._wrapped.no_sync()
+    elif name == "zero3":
+        stage3 = importlib.import_module("deepspeed.runtime.zero.stage3")
+
+        def own_part(tensors, group):
+            rank, world = distributed.get_rank(), distributed.get_world_size()
+            flat = [tensor.flatten() for tensor in tensors]
+            padded = [nn.functional.pad(part, (0, -len(part) % world)) for part in flat]
+            return [part.chunk(world)[rank] for part in padded]
+
+        stage3.reduce_scatter_coalesced = own_part
+    else:
+        sharded = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+        sharded.DeepSpeedZeroOptimizer.allreduce_bucket = lambda self, bucket, *_, **__: (
+            self.flatten(bucket)
+        )
+
+
 def factory(job: Job):
     if job.model == "toy":
         return lambda: Toy(**job.options)
@@ -276,6 +297,8 @@ def run_worker(job: Job, rank: int, store: str) -> None:
         distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=job.world
         )
+    if job.deaf:
+        deafen(job.strategy)
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     made = session(job, rank)
