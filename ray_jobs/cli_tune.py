@@ -27,6 +27,9 @@ def tune(  # noqa: PLR0913 (options)
     storage: Annotated[
         str | None, typer.Option(help="URL of a database for the study; default: a journal file")
     ] = None,
+    confirm: Annotated[
+        bool, typer.Option(help="Train the best trials again with other seeds, test the winner")
+    ] = True,
     address: Annotated[str | None, typer.Option(help="Ray address; default: local")] = None,
 ) -> None:
     """Search over what SEARCH.yaml names; the same command continues an interrupted search."""
@@ -40,7 +43,7 @@ def tune(  # noqa: PLR0913 (options)
     found = space.load(search, last)
     if trials is not None:
         found = found.model_copy(update={"trials": trials})
-    plan = body.Plan(name or f"{last.name}-{search.stem}", last, found, storage)
+    plan = body.Plan(name or f"{last.name}-{search.stem}", last, found, storage, confirm)
     gpus = cost.gpus_per_worker(last.scaling)
     limits = budget.budget(hours, gpu_hours, until, gpus=gpus)
     with cluster.connect(address):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
 from data.manifest import Manifest
 from data.shards import refuse_unlearnable
 from ray_jobs import capacity, cluster, lineage
 from ray_jobs.runs import RunFolder
+from ray_jobs.search import confirm
 from ray_jobs.search.budget import Budget
 from ray_jobs.search.drive import Drive
 from ray_jobs.search.folder import SearchFolder
@@ -41,12 +42,14 @@ class Plan:
         run: What is searched.
         search: How, with its metrics.
         storage: URL of a database for the study; None keeps a journal in the folder.
+        confirm: Train the best trials again with other seeds, and test the winner.
     """
 
     name: str
     run: RunConfig
     search: SearchConfig
     storage: str | None = None
+    confirm: bool = True
 
     @property
     def folder(self) -> SearchFolder:
@@ -86,18 +89,58 @@ def run(
     folder = plan.folder
     _refuse_foreign(plan)
     folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with lineage.locked(RunFolder(folder.path)), _executor(plan, executor) as runs:
-        study = _study(plan)
-        folder.open(plan.search, plan.run)
-        if (why := study.hopeless()) is not None:
-            raise InputError(f"{why}\nmend that, and give the search another name")
-        say(f"{plan.name}: {study.unfinished} of {study.limit} trial(s) to go")
-        drive = Drive(plan.run, folder, Trials(study, say), budget, runs, say)
-        drive.go()
-        if drive.ending is not None:
-            left = study.unfinished
-            say(f"{plan.name}: {drive.ending}; the same command goes on with {left} more")
+    with lineage.locked(RunFolder(folder.path)):
+        with _executor(plan, executor) as runs:
+            study = _study(plan)
+            folder.open(plan.search, plan.run)
+            if (why := study.hopeless()) is not None:
+                raise InputError(f"{why}\nmend that, and give the search another name")
+            say(f"{plan.name}: {study.unfinished} of {study.limit} trial(s) to go")
+            whole = _search(plan, study, budget, runs, say)
+            whole = whole and plan.confirm and _retrain(plan, study, budget, runs, say)
+        if whole:
+            _say_results(confirm.conclude(study, plan.run, folder), say)
     return folder.path
+
+
+def _search(
+    plan: Plan, study: Study, budget: Budget, runs: Executor, say: Callable[[str], None]
+) -> bool:
+    """The trials; whether all are over."""
+    drive = Drive(plan.run, plan.folder, Trials(study, say), budget, runs, say)
+    drive.go()
+    left = study.unfinished
+    if drive.ending is not None:
+        say(f"{plan.name}: {drive.ending}; the same command goes on with {left} more")
+    return not left
+
+
+def _retrain(
+    plan: Plan, study: Study, budget: Budget, runs: Executor, say: Callable[[str], None]
+) -> bool:
+    """The best trials and the default with other seeds; whether all are over."""
+    if not study.best(1):
+        say(f"{plan.name}: no trial was trained to its end, so there is nothing to confirm")
+        return False
+    source = confirm.Retraining(plan.folder, confirm.jobs(study, plan.run), say)
+    if not source.left:
+        return True
+    say(f"{plan.name}: {source.left} run(s) with other seeds to go")
+    drive = Drive(plan.run, plan.folder, source, budget, runs, say)
+    drive.go()
+    if drive.ending is not None:
+        say(f"{plan.name}: {drive.ending}; the same command goes on with the other seeds")
+    return drive.ending is None
+
+
+def _say_results(results: dict[str, Any], say: Callable[[str], None]) -> None:
+    if results["winner"] is None:
+        say("no candidate was trained with every seed; see what failed, and run this again")
+        return
+    say(f"winner over new seeds: {results['winner']}")
+    say(f"the search's best {results['metric']} was {results['optimism']:.4f} too good")
+    if results["default_is_better"]:
+        say("the default configuration is as good or better over the seeds: keep it")
 
 
 @contextmanager

@@ -230,6 +230,8 @@ def load(path: Path, run: RunConfig) -> SearchConfig:
 def _faults(run: RunConfig, path: str, distribution: Distribution) -> list[str]:
     if path == "model.name":
         return ["space.model.name: a search has one model; run one search for each"]
+    if path == "seed":
+        return ["space.seed: the best of many seeds is luck; the winner is trained with several"]
     if is_free(path):
         return [f"space.{path}: it does not change what a run computes; search something else"]
     found = (

@@ -25,6 +25,7 @@ VERBS = {
     "runs",
     "submit",
     "train",
+    "tune",
 }
 DATA_VERBS = {"synth", "fetch", "plan", "stage", "extract", "describe", "check", "diff"}
 RUNS_VERBS = {"logs", "ls", "stop"}

@@ -54,7 +54,7 @@ def make_plan(shards, tmp_path):
         (tmp_path / "search.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
         (loaded,) = run_config.load(tmp_path / "run.yaml")
         found = space.load(tmp_path / "search.yaml", loaded)
-        return tune.Plan("one-search", loaded, found)
+        return tune.Plan("one-search", loaded, found, confirm=False)
 
     return make
 
@@ -155,7 +155,7 @@ SCRIPT = (
     "import sys; from pathlib import Path; from ray_jobs import cluster, config, tune\n"
     "from ray_jobs.search import space\n"
     "(run,) = config.load(Path('run.yaml')); search = space.load(Path('search.yaml'), run)\n"
-    "plan = tune.Plan('one-search', run, search)\n"
+    "plan = tune.Plan('one-search', run, search, confirm=False)\n"
     "say = lambda line: print(line, file=sys.stderr, flush=True)\n"
     "with cluster.connect(num_cpus=2):\n    tune.run(plan, say=say)\n"
 )

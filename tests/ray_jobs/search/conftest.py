@@ -31,7 +31,7 @@ def search_shards(make_shards, tmp_path_factory):
 def make_plan(search_shards, tmp_path):
     """`make_plan(search block, name=..., **run blocks)`: a search over a tiny LSTM."""
 
-    def make(search: dict, name: str = "search", **blocks) -> Plan:
+    def make(search: dict, name: str = "search", *, confirm: bool = False, **blocks) -> Plan:
         value = {
             "name": "one",
             "runs_dir": tmp_path / "runs",
@@ -44,7 +44,8 @@ def make_plan(search_shards, tmp_path):
             **blocks,
         }
         document = {"metrics": {"auroc": "max"}, **search}
-        return Plan(name, RunConfig.model_validate(value), SearchConfig.model_validate(document))
+        run = RunConfig.model_validate(value)
+        return Plan(name, run, SearchConfig.model_validate(document), confirm=confirm)
 
     return make
 
