@@ -30,15 +30,26 @@ def tune(  # noqa: PLR0913 (options)
     confirm: Annotated[
         bool, typer.Option(help="Train the best trials again with other seeds, test the winner")
     ] = True,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="CONFIG and SEARCH are two searches' folders: compare")
+    ] = False,
     address: Annotated[str | None, typer.Option(help="Ray address; default: local")] = None,
 ) -> None:
-    """Search over what SEARCH.yaml names; the same command continues an interrupted search."""
+    """Search over what SEARCH.yaml names; the same command continues an interrupted search.
+
+    The best trials are trained again with other seeds; the winner is tested once, and report.html
+    says what may be believed. With --compare A B: two finished searches side by side.
+    """
     from ray_jobs import cluster
     from ray_jobs import config as run_config
     from ray_jobs import train as train_body
     from ray_jobs import tune as body
     from ray_jobs.search import budget, cost, space
+    from ray_jobs.search.compare import compare as compared
 
+    if compare:
+        say(compared(config, search))
+        return
     *stages, last = run_config.load(config, overrides or [])
     found = space.load(search, last)
     if trials is not None:

@@ -15,7 +15,7 @@ from data.manifest import Manifest
 from data.shards import refuse_unlearnable
 from ray_jobs import capacity, cluster, lineage
 from ray_jobs.runs import RunFolder
-from ray_jobs.search import confirm
+from ray_jobs.search import confirm, report
 from ray_jobs.search.budget import Budget
 from ray_jobs.search.drive import Drive
 from ray_jobs.search.folder import SearchFolder
@@ -100,6 +100,7 @@ def run(
             whole = whole and plan.confirm and _retrain(plan, study, budget, runs, say)
         if whole:
             _say_results(confirm.conclude(study, plan.run, folder), say)
+        say(f"wrote {report.write(study, plan.run, folder)}")
     return folder.path
 
 

@@ -18,8 +18,11 @@ from ray_jobs.search.trials import trial_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
+    from fusion.metrics.bootstrap import Scores
     from ray_jobs.config import RunConfig
+    from ray_jobs.predictions import Predictions
     from ray_jobs.search.folder import SearchFolder
     from ray_jobs.search.space import Scalar, SearchConfig
     from ray_jobs.search.study import Study
@@ -185,41 +188,60 @@ def tested(folder: SearchFolder, pair: tuple[str, str], of: Sequence[int]) -> di
     Each score is the mean over the seeds' runs. Intervals are of resampled patients, the same for
     both; what other seeds would change is not in them.
     """
-    from fusion.metrics.bootstrap import METRICS, Scores
+    from fusion.metrics.bootstrap import METRICS
     from ray_jobs import evaluate
 
-    both: list[Scores] = []
+    sides = []
     for name in pair:
         runs = [folder.path / f"{name}-seed-{seed}" for seed in of]
         for run in runs:
             evaluate.run(run, split="test")
-        both.append(_mean_scores(runs))
-    difference = Scores(
-        {m: both[0].point[m] - both[1].point[m] for m in METRICS},
-        {m: both[0].draws[m] - both[1].draws[m] for m in METRICS},
-    )
+        sides.append(mean_scores(runs))
+    difference = minus(*sides)
     return {
-        m: {
-            "winner": both[0].mean(m).to_json(),
-            "default": both[1].mean(m).to_json(),
-            "difference": difference.mean(m).to_json(),
+        metric: {
+            "winner": sides[0].mean(metric).to_json(),
+            "default": sides[1].mean(metric).to_json(),
+            "difference": difference.mean(metric).to_json(),
         }
-        for m in METRICS
+        for metric in METRICS
     }
 
 
-def _mean_scores(runs: Sequence[Any]) -> Any:
+def runs_of(folder: SearchFolder, name: str) -> list[Path]:
+    """The folders of a candidate's runs, by seed."""
+    search, run = folder.load()
+    return [folder.path / f"{name}-seed-{seed}" for seed in seeds(search, run)]
+
+
+def same_patients(one: Path, other: Path) -> bool:
+    """Whether two tested runs scored the same rows, in the same order, by the same resamples."""
+    from ray_jobs.inference import load_config
+
+    first, second = (_predictions(run).keys for run in (one, other))
+    return bool(first.equals(second)) and load_config(one).evaluate == load_config(other).evaluate
+
+
+def minus(one: Scores, other: Scores) -> Scores:
+    """The difference, resample by resample."""
+    from fusion.metrics.bootstrap import METRICS, Scores
+
+    return Scores(
+        {m: one.point[m] - other.point[m] for m in METRICS},
+        {m: one.draws[m] - other.draws[m] for m in METRICS},
+    )
+
+
+def mean_scores(runs: Sequence[Path]) -> Scores:
+    """The mean of several runs' test scores, in each resample of the patients."""
     import numpy as np
 
     from fusion.metrics.bootstrap import METRICS, Scores, bootstrap
-    from ray_jobs import predictions as prediction_file
     from ray_jobs.inference import load_config
-    from ray_jobs.runs import RunFolder
 
     scores = []
     for run in runs:
-        settings = load_config(run).evaluate
-        found = prediction_file.read(RunFolder(run).evaluation("test") / prediction_file.FILE_NAME)
+        settings, found = load_config(run).evaluate, _predictions(run)
         scores.append(
             bootstrap(
                 found.targets,
@@ -233,3 +255,10 @@ def _mean_scores(runs: Sequence[Any]) -> Any:
         {m: np.mean([each.point[m] for each in scores], axis=0) for m in METRICS},
         {m: np.mean([each.draws[m] for each in scores], axis=0) for m in METRICS},
     )
+
+
+def _predictions(run: Path) -> Predictions:
+    from ray_jobs import predictions as prediction_file
+    from ray_jobs.runs import RunFolder
+
+    return prediction_file.read(RunFolder(run).evaluation("test") / prediction_file.FILE_NAME)

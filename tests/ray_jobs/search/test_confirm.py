@@ -117,7 +117,7 @@ def test_a_budget_may_end_the_confirmation_too(make_plan, serial, said):
     limited = Budget(seconds=100.0, clock=lambda: now[0])
     folder = tune.run(plan, limited, say=said.append, executor=serial(plan, tick))
     assert not (folder / "results.json").exists()
-    assert said[-1].endswith("the same command goes on with the other seeds")
+    assert said[-2].endswith("the same command goes on with the other seeds")
     finished = sorted(path.parent.name for path in folder.glob("*-seed-*/outcome.json"))
     assert finished == ["trial-0000-seed-1"]
     tune.run(plan, say=said.append, executor=serial(plan))

@@ -67,7 +67,7 @@ def test_every_trial_is_an_ordinary_run_scored_by_the_weights_it_keeps(make_plan
     before = sorted(folder.rglob("*.jsonl"))
     tune.run(plan, say=said.append, executor=serial(plan))
     assert sorted(folder.rglob("*.jsonl")) == before, "finished: nothing is trained again"
-    assert said[-1] == "search: 0 of 3 trial(s) to go"
+    assert said[-2] == "search: 0 of 3 trial(s) to go"
 
 
 def test_a_dead_driver_changes_nothing_in_the_result(make_plan, serial, said):
@@ -196,7 +196,7 @@ def test_the_budget_ends_a_search_in_time_and_another_goes_on(make_plan, serial,
     assert now[0] <= 100.0, "over before the end of the budget"
     states = [trial.state for trial in study_of(plan).trials]
     assert states == [TrialState.COMPLETE, TrialState.RUNNING]
-    assert said[-1] == "search: the time is used up; the same command goes on with 2 more"
+    assert said[-2] == "search: the time is used up; the same command goes on with 2 more"
     tune.run(plan, say=said.append, executor=serial(plan))
     assert study_of(plan).unfinished == 0
     assert len(starts(plan.folder.path / "trial-0001")) == 2
