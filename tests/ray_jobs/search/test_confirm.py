@@ -71,6 +71,7 @@ def test_other_seeds_choose_and_the_test_split_is_looked_at_once(
     assert len(evaluated) == 4, "once"
 
 
+@pytest.mark.slow
 def test_test_scores_are_means_over_the_seeds_with_a_paired_difference(make_plan, serial, said):
     search = {"space": SPACE, "trials": 1, "top": 1, "seeds": 2}
     plan = make_plan(search, confirm=True, evaluate=EVALUATE)
@@ -92,6 +93,7 @@ def test_test_scores_are_means_over_the_seeds_with_a_paired_difference(make_plan
         assert difference["lower"] <= difference["value"] <= difference["upper"]
 
 
+@pytest.mark.slow
 def test_a_search_given_more_trials_says_how_often_it_was_tested(make_plan, serial, said):
     search = {"space": SPACE, "trials": 1, "top": 1, "seeds": 1}
     plan = make_plan(search, confirm=True, evaluate=EVALUATE)

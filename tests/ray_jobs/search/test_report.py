@@ -82,6 +82,7 @@ def test_an_unfinished_search_says_so_and_flags_an_edge(make_plan, serial):
     assert "it was not yet trained with other seeds nor tested" in text
 
 
+@pytest.mark.slow
 def test_failed_pruned_and_front_are_shown(make_plan, serial):
     space = {"train.epochs": {"grid": [2, 5]}, "train.min_epochs": {"grid": [1, 4]}}
     plan = make_plan(
@@ -118,6 +119,7 @@ def test_importance_finds_what_matters(make_plan):
     assert sum(shares.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_two_searches_are_compared_on_the_same_patients(make_plan, serial):
     search = {"trials": 1, "top": 1, "seeds": 1, "space": SPACE}
     plans = [

@@ -45,6 +45,12 @@ def said():
     return []
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Drawing takes longer than these searches; test_report has it."""
+    monkeypatch.setattr(tune.report, "write", lambda study, run, folder: folder.report)
+
+
 def test_every_trial_is_an_ordinary_run_scored_by_the_weights_it_keeps(make_plan, serial, said):
     point = {"optim.lr": 0.02, "model.dropout": 0.25}
     plan = make_plan({"space": SPACE, "trials": 3, "points": [point]})
@@ -151,7 +157,11 @@ def test_scores_and_calibration_can_be_searched_together(make_plan, serial, said
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+    ("number", "error"),
+    [
+        (signal.SIGINT, KeyboardInterrupt),
+        pytest.param(signal.SIGTERM, Terminated, marks=pytest.mark.slow),
+    ],
 )
 def test_ctrl_c_leaves_checkpoints_and_the_same_command_goes_on(
     make_plan, serial, said, number, error
