@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
+from data.files import write_json
 from ray_jobs import config as run_config
 from ray_jobs.config import RunConfig
 from ray_jobs.search.budget import Budget
@@ -43,6 +44,7 @@ from ray_jobs.search.trials import Trials
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+RESULTS = Path(__file__).parent / "results" / "tune.json"
 CONFIGS = Path(run_config.__file__).parent / "configs"
 SIGMA, TAU = 3.0, 0.5
 """Standard deviations of the noise and of the weights: the best penalty is 36."""
@@ -275,7 +277,7 @@ def main() -> None:
     parser.add_argument("--ray-trials", type=int, default=6)
     parser.add_argument("--sleepers", type=int, default=500)
     parser.add_argument("--workers", type=int, default=64)
-    parser.add_argument("--out", type=Path, help="also write the JSON there")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="parts not run stay in it")
     options = parser.parse_args()
     parts, found = options.parts.split(","), {}
     with tempfile.TemporaryDirectory(prefix="rf-tune-") as name:
@@ -291,10 +293,10 @@ def main() -> None:
         if "sleepers" in parts:
             place = folder / "sleepers"
             found["sleepers"] = sleepers(options.sleepers, options.workers, 5.0, place)
-    text = json.dumps(found, indent=2)
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=2))
+    if options.out.is_file():
+        found = json.loads(options.out.read_text(encoding="utf-8")) | found
+    write_json(options.out, found)
 
 
 if __name__ == "__main__":
