@@ -210,7 +210,8 @@ def _fit(
             if result["ending"] != "interrupted":
                 return result
             if fit.asked != "drain":
-                left = f"{config.name}: {fit.asked}: checkpoint written; the same command goes on"
+                asked = fit.asked or "asked to end"
+                left = f"{config.name}: {asked}: checkpoint written; the same command goes on"
                 kind = supervise.Terminated if fit.asked == "SIGTERM" else KeyboardInterrupt
                 raise kind(left)
             pulse.lost("a node was about to be taken away")

@@ -18,7 +18,7 @@ from fusion.training.meter import Meter
 from fusion.training.metrics_log import Log, Silent
 from fusion.training.objective import MicroBatch, census, cut, placeholder
 from fusion.training.optimizers import Schedule, freeze, train_mode
-from fusion.training.predict import Predictions, merge, predict, selection_score
+from fusion.training.predict import Predictions, merge, predict, validation_scores
 from fusion.training.progress import Progress
 from fusion.training.recompute import recompute
 from fusion.training.restore import start
@@ -261,14 +261,14 @@ def _validate(session: Session) -> None:
     metric = session.settings.train.selection_metric
     # One worker decides: a sum in another order could tip a comparison.
     try:
-        own = selection_score(predictions.targets, predictions.probabilities, metric)
+        own = validation_scores(predictions.targets, predictions.probabilities, metric)
     except InputError as error:
         raise AgreedError(str(error)) from None
-    score, loss = strategy.share((own, predictions.loss / len(predictions.rows)))
-    better = progress.record(score)
+    scores, loss = strategy.share((own, predictions.loss / len(predictions.rows)))
+    better = progress.record(scores[metric])
     session.schedule.step(loss)
     session.schedule.apply(strategy.optimizers)
-    values = {metric: score, "loss": loss, "lr": _rate(session), "rows": len(predictions.rows)}
+    values = {**scores, "loss": loss, "lr": _rate(session), "rows": len(predictions.rows)}
     session.log.write("val", progress, {**values, "best": better})
     if better and session.settings.train.restore == "best":
         _write_best(session, selected="best")

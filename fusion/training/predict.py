@@ -10,6 +10,7 @@ import torch
 
 from data.errors import InputError
 from fusion.metrics import ranking
+from fusion.metrics.calibration import expected_calibration_error
 from fusion.training.config import TrainConfig
 from fusion.training.objective import autocast, images_last
 
@@ -135,6 +136,24 @@ def selection_score(targets: np.ndarray, probabilities: np.ndarray, metric: str)
             "cannot select a checkpoint; extract more patients or change the split"
         )
     return value
+
+
+def validation_scores(
+    targets: np.ndarray, probabilities: np.ndarray, metric: str
+) -> dict[str, float]:
+    """What a validation line holds: the selection metric first, then the others.
+
+    AUROC, average precision and expected calibration error, each the macro mean over labels.
+
+    Raises:
+        InputError: No label has both classes.
+    """
+    scores = {metric: selection_score(targets, probabilities, metric)}
+    for other in {"auroc", "auprc"} - {metric}:
+        scores[other] = selection_score(targets, probabilities, other)
+    pairs = zip(targets.T, probabilities.T, strict=True)
+    scores["ece"] = float(np.mean([expected_calibration_error(*pair) for pair in pairs]))
+    return scores
 
 
 def _joined(parts: list[dict[str, Any]], classes: int, loss: float) -> Predictions:

@@ -27,6 +27,7 @@ VERBS = {
     "runs",
     "submit",
     "train",
+    "tune",
 }
 DATA_VERBS = {"synth", "fetch", "plan", "stage", "extract", "describe", "check", "diff"}
 RUNS_VERBS = {"gc", "logs", "ls", "pull", "stop"}
