@@ -9,7 +9,6 @@ from data.tasks import task_spec
 from fusion import registry
 from fusion.tasks import Task
 from fusion.training import loop
-from fusion.training.initialise import initial_weights
 from fusion.training.metrics_log import MetricsLog, Silent
 from ray_jobs.heartbeat import Watched
 from ray_jobs.recovery import Recovery
@@ -69,7 +68,7 @@ def open_session(
         stream("val"),
         folder.path,
         log=MetricsLog(folder.metrics) if strategy.rank == 0 else Silent(),
-        initial=lambda shapes: initial_weights(shapes, config.init_from),
+        init_from=config.init_from,
         stop_requested=stop_flag(folder.path / stop, strategy.rank),
     )
 

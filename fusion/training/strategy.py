@@ -94,7 +94,7 @@ class Strategy(Protocol):
         ...
 
     def align(self) -> None:
-        """Give every worker the buffers of worker 0, before they are evaluated or saved."""
+        """Give every worker the buffers of worker 0, before they are evaluated."""
         ...
 
     def weights(self, skip: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
