@@ -74,7 +74,7 @@ class SearchFolder:
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.rmtree(self.asks, ignore_errors=True)
         self.asks.mkdir(mode=0o700)
-        document = search.model_dump(mode="json", by_alias=True, exclude_none=True)
+        document = search.model_dump(mode="json", by_alias=True)
         write_text(self.search, yaml.safe_dump(document, sort_keys=False))
         run_config.dump(run, self.run)
 
