@@ -34,6 +34,11 @@ def collective_statistics() -> Iterator[None]:
         _COLLECTIVE = previous
 
 
+def is_collective() -> bool:
+    """Whether such a pass runs."""
+    return _COLLECTIVE
+
+
 class SynchronisedBatchNorm(_BatchNorm):
     """Normalises [N, C, ...] by the mean and variance over the N of all workers.
 

@@ -30,6 +30,9 @@ class TrainConfig(Config):
     """Which weights the run ends with, in best/."""
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False
+    recompute: bool = False
+    """Activation checkpointing: keep the inputs of encoder blocks only, and run the blocks again in
+    the backward pass. Less memory for about a third more computation."""
     batch_norm: Literal["per_worker", "synchronised"] = "per_worker"
     """`per_worker`: each worker normalises by its own rows, and worker 0's running statistics are
     those that are evaluated and saved. `synchronised`: by the rows of all workers."""

@@ -19,6 +19,7 @@ from fusion.training.objective import MicroBatch, Objective, census, cut, placeh
 from fusion.training.optimizers import Schedule, freeze, train_mode
 from fusion.training.predict import Predictions, merge, predict, selection_score
 from fusion.training.progress import Progress
+from fusion.training.recompute import recompute
 from fusion.training.saver import Saver
 from fusion.training.speed import Speed
 from fusion.training.tracing import Tracer
@@ -130,6 +131,8 @@ def prepare(
     torch.manual_seed(settings.seed)
     model = strategy.build(factory, settings.train)
     freeze(model, settings.optim)
+    if settings.train.recompute:
+        recompute(model)
     checkpoint.seed_worker(settings.seed, strategy.rank)
     return model
 
@@ -221,7 +224,7 @@ def train_step(session: Session, share: Batch | None, counts: Tensor) -> None:
             strategy.model.zero_grad(set_to_none=True)
             losses = []
             for part in parts:
-                with strategy.accumulate(last=part is parts[-1]):
+                with strategy.accumulate(number, last=part is parts[-1]):
                     loss, sums = strategy.forward(part, counts, phase)
                     strategy.backward(loss)
                 losses.append(loss.detach())
@@ -236,7 +239,14 @@ def evaluate_model(session: Session, stream: BatchStream) -> Predictions:
     """Predictions of a whole split, on every worker, in the order of its rows."""
     strategy = session.strategy
     strategy.align()
-    own = predict(strategy.model, stream.epoch(0), session.task, config=session.settings.train)
+    own = predict(
+        strategy.model,
+        stream.epoch(0),
+        session.task,
+        config=session.settings.train,
+        forward=strategy.infer,
+        filler=placeholder(session.task.spec, PLACEHOLDER_SIZE),
+    )
     return merge(strategy.gather(own))
 
 

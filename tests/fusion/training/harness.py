@@ -7,6 +7,7 @@ conftest.py loads the same file as a module for tests that need one worker only.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ from fusion.tasks import Task
 from fusion.training import loop
 from fusion.training.config import CheckpointConfig, TrainConfig
 from fusion.training.optim import OptimConfig
-from fusion.training.strategy import DataParallel, Single
+from fusion.training.strategy import DataParallel, build_strategy
 
 CLASSES = 3
 SPEC = TaskSpec(name="toy", kind="multilabel", labels=("a", "b", "c"))
@@ -107,6 +108,9 @@ class Job:
     local_census: bool = False
     poison: int | None = None
     strategy: str = "ddp"
+    offload: str = "none"
+    whole_elements: int = 0
+    deaf: bool = False
 
 
 def dataset(rows: int, image_size: int = 4, seed: int = 11, images=(0, 1, 2, 3)) -> list[dict]:
@@ -214,10 +218,10 @@ def settings(job: Job) -> loop.Settings:
 
 
 def session(job: Job, rank: int = 0) -> loop.Session:
-    if job.strategy == "single":
-        strategy = Single()
-    else:
-        strategy = LocalCensus() if job.local_census else DataParallel()
+    strategy = (
+        LocalCensus() if job.local_census else build_strategy(job.strategy, "cpu", job.offload)
+    )
+    strategy.persistent_elements = job.whole_elements
     size = 4 if job.model == "toy" else 32
     rows = dataset(job.rows, size, images=job.images)
     if job.poison is not None:
@@ -250,7 +254,7 @@ def _disturb(job: Job, made: loop.Session, rank: int) -> bool:
 
 def run_worker(job: Job, rank: int, store: str) -> None:
     torch.set_num_threads(1)
-    if job.strategy == "ddp":
+    if job.strategy != "single":
         distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=job.world
         )
@@ -262,10 +266,18 @@ def run_worker(job: Job, rank: int, store: str) -> None:
         ending = loop.fit(made)
     except loop.NonFiniteLossError as failure:
         ending, error = "error", str(failure)
-    state = {name: value.clone() for name, value in made.strategy.model.state_dict().items()}
+    state = whole_weights(made.strategy)
     save_file(state, out / f"rank-{rank}.safetensors")
     result = {"ending": ending, "error": error, "progress": made.progress.dump()}
     (out / f"rank-{rank}.json").write_text(json.dumps({**result, "lines": made.log.lines}))
+
+
+def whole_weights(strategy) -> dict[str, torch.Tensor]:
+    """This worker's weights; those of all workers' shards where they are sharded."""
+    if getattr(strategy, "stage", 0) < 3:
+        return {name: value.clone() for name, value in strategy.model.state_dict().items()}
+    parts = strategy.gather(dict(strategy.weights()))
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def run(job: Job) -> list[int]:
@@ -288,6 +300,11 @@ def run(job: Job) -> list[int]:
 
 def main() -> None:
     jobs = [Job(**job) for job in json.loads(Path(sys.argv[1]).read_text())]
+    if any(job.strategy.startswith("zero") for job in jobs):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        # Seconds of imports: once here, not in each forked worker.
+        importlib.import_module("deepspeed.runtime.zero.stage3")
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     Path(sys.argv[2]).write_text(json.dumps([run(job) for job in jobs]))
 
 
