@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from data.schema import MODALITIES, N_FEATURES, Batch
 from fusion.planning.ledger import Ledger, Packing, convolution_scratch
 from fusion.training.objective import N_PATTERNS, MicroBatch, Objective
 from fusion.training.optimizers import build_optimizers, freeze, phase_parameters, train_mode
+from fusion.training.recompute import recompute
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,7 +66,8 @@ class Step:
     Attributes:
         weights: Of all parameters.
         buffers: Of all buffers.
-        trainable: Bytes of each trainable parameter.
+        gradients: Of all trainable parameters.
+        largest_gradient: Of the largest trainable parameter.
         inputs: Of one micro-batch.
         working: Most bytes of activations and temporaries in each stage.
         growing: Most bytes of those and of the gradients that exist by then.
@@ -75,17 +77,30 @@ class Step:
 
     weights: int
     buffers: int
-    trainable: dict[str, int]
+    gradients: int
+    largest_gradient: int
     inputs: int
     working: dict[Stage, int]
     growing: dict[Stage, int]
     largest: int
     flops: int
 
-    @property
-    def gradients(self) -> int:
-        """Bytes of all gradients."""
-        return sum(self.trainable.values())
+    def extended(self, double: Step, rows: int) -> Step:
+        """The account of `rows` equal rows, from this one of one row and that of two.
+
+        Everything that depends on rows is linear in them.
+        """
+
+        def line(one: int, two: int) -> int:
+            return one + (rows - 1) * (two - one)
+
+        return replace(
+            self,
+            inputs=line(self.inputs, double.inputs),
+            working={stage: line(n, double.working[stage]) for stage, n in self.working.items()},
+            growing={stage: line(n, double.growing[stage]) for stage, n in self.growing.items()},
+            flops=line(self.flops, double.flops),
+        )
 
 
 def dry_step(
@@ -119,6 +134,8 @@ def dry_step(
         model = model.to(memory_format=torch.channels_last)
     freeze(model, optim)
     train_mode(model)
+    if train.recompute:
+        recompute(model)
     with FakeTensorMode():
         _place(model)
         batch = rows.batch(task.spec)
@@ -141,15 +158,13 @@ def dry_step(
                 if update:
                     with ledger.stage("update"):
                         optimizer.step()
+        trained = [size(each) for each in model.parameters() if each.requires_grad]
         inputs = [batch.ehr, batch.cxr, batch.targets, batch.cxr_targets]
         return Step(
             weights=sum(size(parameter) for parameter in model.parameters()),
             buffers=sum(size(buffer) for buffer in model.buffers()),
-            trainable={
-                name: size(parameter)
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad
-            },
+            gradients=sum(trained),
+            largest_gradient=max(trained),
             inputs=sum(size(value) for value in inputs),
             working=dict(ledger.working),
             growing=dict(ledger.growing),

@@ -21,6 +21,10 @@ BUCKET = 200_000_000
 """Bytes of gradients that ZeRO reduces at once; the strategy's own setting."""
 LIVE = 4_000_000_000
 """Bytes of parameters that ZeRO-3 keeps gathered while they will be used again (1e9 elements)."""
+ENGINE = 40 * 2**20
+"""Bytes that DeepSpeed's engine takes beside what is named, as seen on CPUs."""
+RUNTIME = 20 * 2**20
+"""Bytes of kernels that oneDNN compiles, threads and the like, as seen on CPUs."""
 SUBGROUP = 4_000_000_000
 """Bytes of a shard that ZeRO-3 updates at once (1e9 elements)."""
 
@@ -119,29 +123,57 @@ def _replicated(step: Step, layout: Layout) -> Footprint:
 def _zero(step: Step, layout: Layout) -> Footprint:
     """Stages 1 and 2: whole weights, flat; the shards of the rest of one worker in N."""
     whole, shard = step.gradients, -(-step.gradients // layout.world)
-    bucket = min(BUCKET, whole)
     resident = {
         "weights": step.weights,
         "buffers": step.buffers,
         "inputs": step.inputs * layout.accumulation,
+        "engine": ENGINE,
     }
     state = {"own weights": shard, "moments": 2 * shard}
     update = {"own gradients": shard, "temporaries": 2 * shard}
     host: dict[str, int] = {}
-    largest = max(step.trainable.values())
     if layout.offload == "none":
         resident |= state
-        own = {"own gradients": shard}
     else:
+        largest = step.largest_gradient
         host = {**state, "staged weights": shard, "gradients": shard, "staging": largest}
-        host["temporaries"] = update.pop("temporaries")
         resident["staging"] = largest
-        own = {}
-        update = {}
-    passes = {"activations": _working(step), "bucket": bucket, **own}
-    # Stage 1 keeps every gradient until the last micro-batch; stage 2 those of a bucket.
-    passes["gradients"] = whole if layout.strategy == "zero1" else bucket
+        update = {} if layout.gpu else {"temporaries": 2 * shard}
+        if layout.gpu:
+            host["temporaries"] = 2 * shard
+    first, last = _reduction(step, layout)
+    passes = first if sum(first.values()) > sum(last.values()) else last
     return Footprint(resident, passes, update, host)
+
+
+def _reduction(step: Step, layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
+    """Stages 1 and 2: held when the first bucket of gradients is full, and at the end.
+
+    Going backward, gradients come as activations go. A full bucket is held beside the gradients it
+    was filled from. On a CPU, memory counts once it is written to, and a worker's own gradients
+    replace those they are copied from.
+    """
+    whole, working = step.gradients, _working(step)
+    bucket = min(BUCKET, whole)
+    sharded = whole // layout.world if layout.offload == "none" else 0
+    late = sharded if layout.gpu else (whole - bucket) * sharded // max(1, whole)
+    early = sharded if layout.gpu else 0
+    if layout.strategy == "zero1":
+        held = whole if layout.accumulation > 1 else 0
+        growing = max(step.growing["forward"], step.growing["backward"], working + held)
+        first = {"activations and gradients": growing}
+        return first, {"gradients": whole, "bucket": bucket, "own gradients": late}
+    if layout.accumulation > 1:
+        remaining, early = working, sharded
+    else:
+        remaining = max(working - working * bucket // max(1, whole), working - 2 * bucket)
+    first = {
+        "activations": remaining,
+        "gradients": bucket,
+        "bucket": bucket,
+        "own gradients": early,
+    }
+    return first, {"gradients": bucket, "bucket": bucket, "own gradients": late}
 
 
 def _sharded_weights(step: Step, layout: Layout) -> Footprint:
@@ -154,6 +186,7 @@ def _sharded_weights(step: Step, layout: Layout) -> Footprint:
         "buffers": step.buffers,
         "inputs": step.inputs * layout.accumulation,
         "bucket": bucket,
+        "engine": ENGINE,
     }
     state = {"own weights": shard, "moments": 2 * shard, "own gradients": shard}
     host: dict[str, int] = {}
@@ -170,6 +203,7 @@ def _sharded_weights(step: Step, layout: Layout) -> Footprint:
     swept = min(SUBGROUP, shard)
     update = {"gradients of the update": swept, "temporaries": 2 * swept}
     if layout.offload != "none":
-        host["temporaries"] = 2 * swept
-        update = {}
+        update = {} if layout.gpu else {"temporaries": 2 * swept}
+        if layout.gpu:
+            host["temporaries"] = 2 * swept
     return Footprint(resident, passes, update, host)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -65,8 +65,13 @@ class LlamaConfig(Config):
     """Train adapters of this rank on every linear layer of the blocks; the rest is frozen."""
     base: Literal["fp32", "bf16"] = "fp32"
     """How the frozen weights are held, with adapters."""
-    recompute: bool = False
-    """Keep only each block's input; compute the rest again in the backward pass."""
+
+    @classmethod
+    def of(cls, shape: Shape, lora_rank: int | None = None, base: str = "bf16") -> LlamaConfig:
+        """A published shape: whole, or with adapters on frozen weights."""
+        numbers = {name: value for name, value in asdict(shape).items() if name != "source"}
+        adapted = {} if lora_rank is None else {"lora_rank": lora_rank, "base": base}
+        return cls.model_validate({**numbers, **adapted})
 
 
 class Llama(FusionModel):
@@ -93,10 +98,6 @@ class Llama(FusionModel):
             attn_implementation="sdpa",
         )
         decoder: Any = LlamaModel(architecture)
-        if config.recompute:
-            decoder.gradient_checkpointing_enable(
-                {"use_reentrant": False, "preserve_rng_state": False}
-            )
         if config.lora_rank is not None:
             from peft import LoraConfig, get_peft_model
 
@@ -106,8 +107,6 @@ class Llama(FusionModel):
                 r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"
             )
             decoder = get_peft_model(decoder, adapters)
-            if config.recompute:
-                decoder.enable_input_require_grads()
         self.decoder = decoder
         self.head = nn.Linear(config.hidden, len(task.labels))
 
