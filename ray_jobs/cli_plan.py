@@ -53,7 +53,7 @@ def plan(  # noqa: PLR0913
     for run in runs:
         if is_described:
             machines = plan_machines.described(
-                nodes=nodes or 1,
+                nodes=1 if nodes is None else nodes,
                 gpus=8 if gpus is None else gpus,
                 kind=gpu_kind,
                 gpu_memory=gpu_memory,

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.schema import MODALITIES, N_FEATURES, Batch
-from fusion.planning.ledger import Ledger, Packing, convolution_scratch
+from fusion.planning.ledger import Ledger, Packing, convolution_scratch, size_of
 from fusion.training.objective import N_PATTERNS, MicroBatch, Objective
 from fusion.training.optimizers import build_optimizers, freeze, phase_parameters, train_mode
 from fusion.training.recompute import recompute
@@ -158,17 +158,17 @@ def dry_step(
                 if update:
                     with ledger.stage("update"):
                         optimizer.step()
-        trained = [size(each) for each in model.parameters() if each.requires_grad]
+        trained = [size_of(each) for each in model.parameters() if each.requires_grad]
         inputs = [batch.ehr, batch.cxr, batch.targets, batch.cxr_targets]
         return Step(
-            weights=sum(size(parameter) for parameter in model.parameters()),
-            buffers=sum(size(buffer) for buffer in model.buffers()),
+            weights=sum(size_of(parameter) for parameter in model.parameters()),
+            buffers=sum(size_of(buffer) for buffer in model.buffers()),
             gradients=sum(trained),
             largest_gradient=max(trained),
-            inputs=sum(size(value) for value in inputs),
+            inputs=sum(size_of(value) for value in inputs),
             working=dict(ledger.working),
             growing=dict(ledger.growing),
-            largest=max(size(parameter) for parameter in model.parameters()),
+            largest=max(size_of(parameter) for parameter in model.parameters()),
             flops=ledger.flops,
         )
 
@@ -185,11 +185,6 @@ def _place(model: nn.Module) -> None:
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             empty = torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype)
             setattr(module, name, empty)
-
-
-def size(tensor: Tensor) -> int:
-    """Bytes of a tensor."""
-    return tensor.numel() * tensor.element_size()
 
 
 class gradients_noted:  # noqa: N801

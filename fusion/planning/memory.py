@@ -122,7 +122,7 @@ def _replicated(step: Step, layout: Layout) -> Footprint:
 
 def _zero(step: Step, layout: Layout) -> Footprint:
     """Stages 1 and 2: whole weights, flat; the shards of the rest of one worker in N."""
-    whole, shard = step.gradients, -(-step.gradients // layout.world)
+    shard = -(-step.gradients // layout.world)
     resident = {
         "weights": step.weights,
         "buffers": step.buffers,

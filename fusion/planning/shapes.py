@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,7 +107,10 @@ class Llama(FusionModel):
             adapters = LoraConfig(
                 r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"
             )
-            decoder = get_peft_model(decoder, adapters)
+            with warnings.catch_warnings():
+                # peft asks a property that transformers has renamed.
+                warnings.simplefilter("ignore", FutureWarning)
+                decoder = get_peft_model(decoder, adapters)
         self.decoder = decoder
         self.head = nn.Linear(config.hidden, len(task.labels))
 

@@ -21,6 +21,7 @@ VERBS = {
     "doctor",
     "evaluate",
     "import-weights",
+    "plan",
     "report",
     "runs",
     "submit",
