@@ -23,6 +23,8 @@ from fusion.training.progress import Progress
 from fusion.training.recompute import recompute
 from fusion.training.restore import start
 from fusion.training.saver import Saver
+from fusion.training.speed import Speed
+from fusion.training.tracing import Tracer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from fusion.model import FusionModel
     from fusion.tasks import Task
     from fusion.training.config import CheckpointConfig, TrainConfig
+    from fusion.training.flops import Flops
     from fusion.training.optim import OptimConfig
     from fusion.training.strategy import Strategy
 
@@ -84,6 +87,7 @@ class Session:
         after_validation: Called on every worker with the validation's values.
         beat: Told on every worker what it is about to do, and at which step.
         saver: Writes checkpoints and best weights.
+        flops: From an image's size to the model's FLOPs, for the log of the speed.
     """
 
     strategy: Strategy
@@ -99,13 +103,19 @@ class Session:
     after_validation: Callable[[dict[str, float]], None] = lambda values: None
     beat: Callable[[Stage, Progress], None] = lambda stage, progress: None
     progress: Progress = field(default_factory=Progress)
+    flops: Callable[[int], Flops] | None = None
     schedule: Schedule = field(init=False)
     saver: Saver = field(init=False)
     meter: Meter = field(default_factory=Meter)
+    speed: Speed = field(init=False)
+    tracer: Tracer = field(init=False)
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(self.settings.optim)
         self.saver = Saver(self.folder, self.strategy, self.settings.checkpoint)
+        self.speed = Speed(self.flops)
+        traced = self.settings.train.profiled if self.strategy.rank == 0 else None
+        self.tracer = Tracer(self.folder / "traces", traced)
 
 
 def prepare(
@@ -226,10 +236,13 @@ def _train_epoch(session: Session) -> bool:
         if failed:
             session.saver.settle()
         if stop:
+            session.tracer.close(progress.updates - 1)
             _save(session)
             return False
         session.beat("step", progress)
-        train_step(session, share, totals[:-3])
+        with session.tracer.step(progress.updates):
+            train_step(session, share, totals[:-3])
+        session.speed.stepped(share)
         progress.step += 1
         progress.updates += 1
         session.meter.steps += 1
@@ -238,6 +251,7 @@ def _train_epoch(session: Session) -> bool:
         asked_for = due or (every and progress.updates % every == 0)
         if asked_for and progress.step < _steps(session):
             _save(session)
+    session.tracer.close(progress.updates - 1)
     _log_training(session)
     progress.epoch += 1
     progress.step = 0
@@ -248,7 +262,7 @@ def _shares(session: Session) -> Iterator[Batch | None]:
     """The rest of the epoch; told before each share that it is waited for."""
     progress = session.progress
     session.beat("data", progress)
-    for share in session.train.epoch(progress.epoch, progress.step):
+    for share in session.speed.waited(session.train.epoch(progress.epoch, progress.step)):
         yield share
         session.beat("data", progress)
 
@@ -313,6 +327,9 @@ def _log_training(session: Session) -> None:
         of = _steps(session) * session.settings.train.trained_epochs
         values = {**means, "lr": _rate(session), "steps": meter.steps, "of": of}
         session.log.write("train", session.progress, values)
+    precision = session.settings.train.precision
+    if speed := session.speed.values(session.strategy, precision):
+        session.log.write("speed", session.progress, speed)
 
 
 def _rate(session: Session) -> float:

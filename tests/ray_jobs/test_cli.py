@@ -22,6 +22,7 @@ VERBS = {
     "evaluate",
     "export",
     "import-weights",
+    "plan",
     "predict",
     "report",
     "runs",
