@@ -27,9 +27,9 @@ DRFUSE = {
     "model": "drfuse",
     "options": {"dropout": 0.0},
     "train": {"epochs": 3, "batch_norm": "synchronised"},
-    "optim": {"lr": 1e-2, **PLATEAU},
+    "optim": {"lr": 3e-3, **PLATEAU},
 }
-MEDFUSE = {**DRFUSE, "model": "medfuse"}
+MEDFUSE = {**DRFUSE, "model": "medfuse", "optim": {"lr": 1e-3, **PLATEAU}}
 FROZEN = {
     **DRFUSE,
     "optim": {"lr": 1e-3, "group_lr": {"cxr_encoder": 0, "ehr_encoder": 1e-4}, **PLATEAU},
@@ -122,18 +122,13 @@ def test_a_strategy_trains_as_one_worker_does(outcomes, name):
 MODELS = {"medfuse": MEDFUSE, "drfuse": DRFUSE, "mmtm": {**DRFUSE, "model": "mmtm"}}
 FEATURES = {
     "accumulation": {**FROZEN, "train": {"epochs": 3, "accumulation": 3}},
-    "clipping": {**DRFUSE, "optim": {**DRFUSE["optim"], "clip_norm": 0.05}},
+    "clipping": {**FROZEN, "optim": {**FROZEN["optim"], "clip_norm": 0.05}},
     "recompute": {**MEDFUSE, "train": {**MEDFUSE["train"], "recompute": True}},
     "frozen": FROZEN,
 }
 GRID = [(name, world) for name in ("ddp", *ZERO) for world in (1, 2, 3)]
-RESUMED = {
-    ("zero2", 2): ("zero3", 3),
-    ("zero3", 2): ("ddp", 1),
-    ("ddp", 3): ("zero1", 2),
-    ("single", 1): ("zero3", 2),
-    ("zero1", 3): ("single", 1),
-}
+# All pairs of strategies and workers: test_resume_matrix.py. These have several phases.
+RESUMED = {("zero2", 2): ("zero3", 3), ("zero3", 2): ("single", 1)}
 
 
 @pytest.fixture(scope="module")
