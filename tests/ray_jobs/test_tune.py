@@ -73,6 +73,12 @@ def starts(plan, name):
     return [line["step"] for line in events if line["values"]["event"] == "start"]
 
 
+def spans(plan, name):
+    """When a trial's run was begun, and its last step."""
+    known = json.loads((plan.folder.path / name / "env.json").read_text())
+    return known["starts"][0]["time"], lines_of(plan, name)[-1]["time"]
+
+
 def wait_for(condition, process=None, log=None, seconds=900):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -101,8 +107,8 @@ def test_two_trials_at_once_share_the_cluster_and_one_is_pruned(make_plan):
     trials = study_of(plan).trials
     assert len(trials) == 3
     assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
-    times = [[line["time"] for line in lines_of(plan, f"trial-000{n}")] for n in range(3)]
-    assert max(times[0][0], times[1][0]) < min(times[0][-1], times[1][-1]), "two at once"
+    first, second = (spans(plan, f"trial-000{number}") for number in (0, 1))
+    assert max(first[0], second[0]) < min(first[1], second[1]), "two at once"
     assert all("2 worker(s), each with 1 CPU" in line for line in said if "waits" in line)
     for trial in trials:
         outcome = folder / f"trial-{trial.number:04d}" / "outcome.json"
