@@ -238,7 +238,8 @@ def _nearest(place: str) -> Path:
 
 def _digest(source: Path) -> str | None:
     """Size, head and tail of a file, or of a run's best weights: 26 GB are not read for this."""
-    files = sorted((source / "best").glob("*")) if source.is_dir() else [source]
+    best = sorted(path for path in (source / "best").rglob("*") if path.is_file())
+    files = best if source.is_dir() else [source]
     if not files or not all(file.is_file() for file in files):
         return None
     digest = hashlib.sha256()

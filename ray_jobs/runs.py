@@ -40,7 +40,7 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """model.safetensors and meta.json of the best epoch."""
+        """Weights of the best epoch in parts, and the meta.json that names them."""
         return self.path / "best"
 
     @property

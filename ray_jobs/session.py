@@ -10,7 +10,6 @@ from fusion import registry
 from fusion.tasks import Task
 from fusion.training import loop
 from fusion.training.flops import count_flops
-from fusion.training.initialise import initial_weights
 from fusion.training.metrics_log import MetricsLog, Silent
 from ray_jobs.heartbeat import Watched
 from ray_jobs.recovery import Recovery
@@ -75,7 +74,7 @@ def open_session(
         stream("val"),
         folder.path,
         log=MetricsLog(folder.metrics) if strategy.rank == 0 else Silent(),
-        initial=lambda shapes: initial_weights(shapes, config.init_from),
+        init_from=config.init_from,
         stop_requested=stop_flag(folder.path / stop, strategy.rank),
         # Of use beside a GPU's peak only, and a few seconds' work.
         flops=(lambda image_size: count_flops(factory, task, config.train, image_size))

@@ -144,6 +144,7 @@ def _train(payload: dict[str, Any], heart: Heart, local_workers: int) -> dict[st
     from ray.train.torch import get_device
 
     from fusion.training import loop
+    from fusion.training.agreed import AgreedError
     from fusion.training.strategy import build_strategy
     from ray_jobs.session import listen, name_rows, open_session
 
@@ -152,7 +153,11 @@ def _train(payload: dict[str, Any], heart: Heart, local_workers: int) -> dict[st
     torch.backends.cudnn.deterministic = True
     heart.beat("strategy")
     config, folder = run_config.from_dump(payload["config"]), RunFolder(Path(payload["folder"]))
-    strategy = build_strategy(config.scaling.strategy, get_device())
+    try:
+        scaling = config.scaling
+        strategy = build_strategy(scaling.strategy, get_device(), scaling.offload)
+    except InputError as error:  # alike on every worker
+        return {"ending": None, "error": str(error)}
     heart.beat("opening")
     session, fault = None, None
     try:
@@ -173,8 +178,8 @@ def _train(payload: dict[str, Any], heart: Heart, local_workers: int) -> dict[st
     except loop.NonFiniteLossError as error:
         named = name_rows(reader, error.rows)
         result["error"] = f"{error} ({named})" if named else str(error)
-    except loop.AgreedError as error:
-        result["error"] = str(error)
+    except AgreedError as error:
+        result["error"] = full_disk(error, payload["folder"]) or str(error)
     return {**result, **session.progress.dump()}
 
 

@@ -9,6 +9,9 @@ from pydantic import Field, field_validator, model_validator
 
 from data.config import Config
 
+StrategyName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Offload = Literal["none", "optimizer", "all"]
+
 
 class TrainConfig(Config):
     """The loop."""
@@ -35,7 +38,7 @@ class TrainConfig(Config):
     the backward pass. Less memory for about a third more computation."""
     batch_norm: Literal["per_worker", "synchronised"] = "per_worker"
     """`per_worker`: each worker normalises by its own rows, and worker 0's running statistics are
-    those that are evaluated and saved. `synchronised`: by the rows of all workers."""
+    those that are evaluated. `synchronised`: by the rows of all workers."""
     drop_last: bool = False
     """The released train loader drops the short last batch; here it is used."""
     log_every_steps: int = Field(default=20, ge=1)
@@ -80,3 +83,5 @@ class CheckpointConfig(Config):
     every_minutes: float | None = Field(default=None, gt=0)
     """Also when the last one is that old, by worker 0's clock, after the step in hand."""
     num_to_keep: int = Field(default=2, ge=1)
+    asynchronous: bool = True
+    """Training waits only for a copy in host memory; a thread writes it. False: until written."""

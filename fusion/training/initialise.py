@@ -1,19 +1,24 @@
-"""Start parts of a model from a trained run or a weights file (`init_from`)."""
+"""Start parts of a model from a trained run or a weights file (`init_from`).
+
+What stays frozen as it came is not written into checkpoints: they name its source and hash.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
+import torch
+
 from data.errors import InputError
-from fusion.training.checkpoint import read_weights
+from fusion.training.checkpoint import Base, read_weights
 from fusion.training.optim import matches
 from fusion.weights import read_state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
-    import torch
     from torch import Tensor
 
 
@@ -41,6 +46,72 @@ def initial_weights(
         for name in wanted:
             weights[name] = _matching(found, name, shapes[name], f"init_from.{prefix}: {source}")
     return weights
+
+
+def frozen_base(
+    weights: Mapping[str, Tensor], sources: Mapping[str, Path], frozen: Collection[str]
+) -> dict[str, Base]:
+    """The frozen parameters among `weights`, by the prefix whose source gave them.
+
+    Args:
+        weights: As `initial_weights` or `read_base` read them from the sources.
+        sources: As there.
+        frozen: Names of parameters that are not trained.
+    """
+    bases = {}
+    for prefix, source in sources.items():
+        others = list(sources)[list(sources).index(prefix) + 1 :]
+        names = [
+            name
+            for name in sorted(weights.keys() & set(frozen))
+            # Where two prefixes match, the later source was written over the earlier one.
+            if matches(name, prefix) and not any(matches(name, other) for other in others)
+        ]
+        if names:
+            kept = {name: weights[name] for name in names}
+            bases[prefix] = Base(source=str(source), sha256=digest(kept), names=tuple(names))
+    return bases
+
+
+def read_base(bases: Mapping[str, Base], sources: Mapping[str, Path]) -> dict[str, Tensor]:
+    """What a checkpoint left to its sources, read from them again.
+
+    Args:
+        bases: By prefix, from the checkpoint.
+        sources: As in `initial_weights`, of this start.
+
+    Raises:
+        InputError: A source is missing, or holds other weights than those that were frozen.
+    """
+    weights: dict[str, Tensor] = {}
+    for prefix, base in bases.items():
+        if prefix not in sources:
+            raise InputError(
+                f"init_from.{prefix}: not set, but the checkpoint leaves {len(base.names)} frozen "
+                f"parameters to it; set it to {base.source}"
+            )
+        where = f"init_from.{prefix}: {sources[prefix]}"
+        found = _read(sources[prefix])
+        if missing := [name for name in base.names if name not in found]:
+            raise InputError(f"{where} has no {missing[0]!r}, which the checkpoint leaves to it")
+        kept = {name: found[name] for name in base.names}
+        if (now := digest(kept)) != base.sha256:
+            raise InputError(
+                f"{where} holds other weights than this run began with: sha256 {now}, but the "
+                f"checkpoint names {base.sha256} (then at {base.source}); put those back"
+            )
+        weights |= kept
+    return weights
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of tensors' names, types, shapes and values, in whatever files they lie."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _read(source: Path) -> dict[str, Tensor]:

@@ -6,20 +6,22 @@ term is divided by the rows it counts over the whole step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from data.errors import InputError
 from fusion.training import checkpoint
+from fusion.training.agreed import AgreedError
 from fusion.training.meter import Meter
 from fusion.training.metrics_log import Log, Silent
-from fusion.training.objective import MicroBatch, Objective, census, cut, placeholder
+from fusion.training.objective import MicroBatch, census, cut, placeholder
 from fusion.training.optimizers import Schedule, freeze, train_mode
 from fusion.training.predict import Predictions, merge, predict, selection_score
 from fusion.training.progress import Progress
 from fusion.training.recompute import recompute
+from fusion.training.restore import start
 from fusion.training.saver import Saver
 from fusion.training.speed import Speed
 from fusion.training.tracing import Tracer
@@ -41,10 +43,6 @@ if TYPE_CHECKING:
 Ending = Literal["epochs", "patience", "interrupted"]
 Stage = Literal["data", "census", "step", "validation", "checkpoint"]
 PLACEHOLDER_SIZE = 32
-
-
-class AgreedError(InputError):
-    """Raised on every worker alike, so that none waits for another."""
 
 
 class NonFiniteLossError(AgreedError):
@@ -81,8 +79,8 @@ class Session:
         val: This worker's shares of the validation split.
         folder: Where checkpoints/ and best/ are.
         log: Where metrics go; silent on all workers but the first.
-        initial: From the shapes of all parameters and buffers to the values that some of them
-            start with, in a run that has no checkpoint; called on every worker.
+        init_from: Prefix of parameters and buffers -> run folder or weights file that they start
+            from, in a run that has no checkpoint; frozen ones come from there in any case.
         document: What every checkpoint's meta.json carries (the resolved config, versions).
         stop_requested: Asked before each step on every worker; True on any ends the run with a
             checkpoint.
@@ -99,7 +97,7 @@ class Session:
     val: BatchStream
     folder: Path
     log: Log = field(default_factory=Silent)
-    initial: Callable[[Mapping[str, torch.Size]], Mapping[str, Tensor]] = lambda shapes: {}
+    init_from: Mapping[str, Path] = field(default_factory=dict)
     document: dict[str, Any] = field(default_factory=dict)
     stop_requested: Callable[[], bool] = lambda: False
     after_validation: Callable[[dict[str, float]], None] = lambda values: None
@@ -145,61 +143,16 @@ def fit(session: Session) -> Ending:
         best/ holds the weights that `train.restore` asks for.
 
     Raises:
-        AgreedError: On every worker: a loss that is not finite, or a validation split without a
-            label of both classes. The last checkpoint stays as it was.
+        AgreedError: On every worker: a loss that is not finite, a checkpoint that cannot be written
+            or read, or a validation split without a label of both classes. The last checkpoint
+            stays as it was.
     """
-    config = session.settings.train
-    start(session)
-    progress = session.progress
-    while not progress.finished(config):
-        # A run stopped right after a validation does not count it twice.
-        if config.evaluate == "before_epoch" and progress.validations <= progress.epoch:
-            _validate(session)
-            if progress.exhausted(config):
-                break
-        if not _train_epoch(session):
-            return "interrupted"
-        if config.evaluate == "after_epoch":
-            _validate(session)
-        _save(session)
-    if config.restore == "last":
-        _write_best(session, selected="last")
-    return "patience" if progress.exhausted(config) else "epochs"
-
-
-def start(session: Session) -> None:
-    """Fill the model from the newest complete checkpoint, or else as `initial` says; then prepare.
-
-    Raises:
-        InputError: The checkpoint or the initial weights are of another model, or the disk is too
-            small for the run's checkpoints.
-    """
-    strategy, settings = session.strategy, session.settings
-    found = strategy.share(
-        checkpoint.newest_complete(session.saver.checkpoints) if strategy.rank == 0 else None
-    )
-    assert found is not None
-    held = checkpoint.read(found) if found.path else None
-    shapes = strategy.shapes()
-    if fault := strategy.share(session.saver.lacking_space(shapes)):
-        raise AgreedError(fault)
-    strategy.load_weights(held.weights(shapes) if held else session.initial(shapes))
-    objective = Objective(strategy.model, session.task, settings.train)
-    strategy.prepare(objective, settings.optim)
-    if held:
-        strategy.load_moments(held.moments)
-        held.restore_random(strategy, settings.seed)
-        session.progress = Progress(**found.meta["progress"])
-        session.schedule.load(found.meta["schedule"])
-        session.schedule.apply(strategy.optimizers)
-    event = {
-        "event": "start",
-        "updates": session.progress.updates,
-        "world": strategy.world,
-        "skipped": found.skipped,
-    }
-    session.log.write("event", session.progress, event)
-    session.saver.start_clock()
+    try:
+        with session.saver:
+            start(session)
+            return _train(session)
+    finally:
+        _note_saved(session)
 
 
 def train_step(session: Session, share: Batch | None, counts: Tensor) -> None:
@@ -250,6 +203,25 @@ def evaluate_model(session: Session, stream: BatchStream) -> Predictions:
     return merge(strategy.gather(own))
 
 
+def _train(session: Session) -> Ending:
+    """Epochs from the progress to the end of the run."""
+    config, progress = session.settings.train, session.progress
+    while not progress.finished(config):
+        # A run stopped right after a validation does not count it twice.
+        if config.evaluate == "before_epoch" and progress.validations <= progress.epoch:
+            _validate(session)
+            if progress.exhausted(config):
+                break
+        if not _train_epoch(session):
+            return "interrupted"
+        if config.evaluate == "after_epoch":
+            _validate(session)
+        _save(session)
+    if config.restore == "last":
+        _write_best(session, selected="last")
+    return "patience" if progress.exhausted(config) else "epochs"
+
+
 def _train_epoch(session: Session) -> bool:
     """Steps from the progress to the end of its epoch; False where a stop was asked for."""
     strategy, progress, settings = session.strategy, session.progress, session.settings
@@ -257,16 +229,19 @@ def _train_epoch(session: Session) -> bool:
     every = settings.checkpoint.every_steps
     for share in _shares(session):
         session.beat("census", progress)
-        asked = [float(session.stop_requested()), float(session.saver.due())]
+        _note_saved(session)
+        asked = [session.stop_requested(), session.saver.due(), session.saver.failing()]
         totals = strategy.sum(torch.cat([census(share), torch.tensor(asked, dtype=torch.float64)]))
-        stop, due = (totals[-2:] > 0).tolist()
+        stop, due, failed = (totals[-3:] > 0).tolist()
+        if failed:
+            session.saver.settle()
         if stop:
             session.tracer.close(progress.updates - 1)
             _save(session)
             return False
         session.beat("step", progress)
         with session.tracer.step(progress.updates):
-            train_step(session, share, totals[:-2])
+            train_step(session, share, totals[:-3])
         session.speed.stepped(share)
         progress.step += 1
         progress.updates += 1
@@ -369,8 +344,15 @@ def _save(session: Session) -> None:
     session.beat("checkpoint", session.progress)
     _log_training(session)
     session.saver.save(session.progress, session.schedule, session.document)
-    session.log.write("event", session.progress, {"event": "checkpoint"})
-    session.log.rotate()
+    _note_saved(session)
+
+
+def _note_saved(session: Session) -> None:
+    """A line for each checkpoint once it is complete: by then training may be further."""
+    for written in session.saver.completed():
+        event = {"event": "checkpoint", **asdict(written)}
+        session.log.write("event", session.progress, event)
+        session.log.rotate()
 
 
 def _write_best(session: Session, selected: Literal["best", "last"]) -> None:

@@ -58,8 +58,11 @@ class _Recomputed:
         # To its very end, so that every worker takes part in every collective of the block.
         with set_checkpoint_early_stop(False):
             return checkpoint(
-                self._forward, *inputs, use_reentrant=False, context_fn=self._contexts, **options
+                self._run, *inputs, use_reentrant=False, context_fn=self._contexts, **options
             )
+
+    def _run(self, *inputs: Any, **options: Any) -> Any:
+        return _recomputed_first(self._forward(*inputs, **options))
 
     def _contexts(self) -> tuple[Any, Any]:
         modes = {module: module.training for module in self._block.modules()}
@@ -69,6 +72,35 @@ class _Recomputed:
             for name, buffer in module.named_buffers(recurse=False)
         }
         return nullcontext(), _as_it_was(modes, buffers, is_collective())
+
+
+class _Saving(torch.autograd.Function):
+    """The identity, whose backward pass asks for a saved tensor."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:
+        """The value itself."""
+        context.save_for_backward(value.new_empty(0))
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        """The gradient itself, once the block has run again."""
+        _ = context.saved_tensors
+        return gradient
+
+
+def _recomputed_first(output: Any) -> Any:
+    """The output, such that its block runs again before the backward pass enters the block.
+
+    ZeRO-3 gathers a module's parameters when the backward pass enters it; a forward pass inside it
+    would release them again.
+    """
+    if isinstance(output, torch.Tensor):
+        return _Saving.apply(output)
+    if type(output) in (tuple, list):
+        return type(output)(_recomputed_first(part) for part in output)
+    return output
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from data.schema import Batch
     from fusion.model import FusionModel, Output
-    from fusion.training.config import TrainConfig
+    from fusion.training.config import Offload, StrategyName, TrainConfig
     from fusion.training.objective import Objective
     from fusion.training.optim import OptimConfig
 
@@ -94,7 +94,7 @@ class Strategy(Protocol):
         ...
 
     def align(self) -> None:
-        """Give every worker the buffers of worker 0, before they are evaluated or saved."""
+        """Give every worker the buffers of worker 0, before they are evaluated."""
         ...
 
     def weights(self, skip: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
@@ -308,10 +308,6 @@ class DataParallel(Single):
         """Give every worker the buffers of worker 0."""
         for _, buffer in sorted(persistent_buffers(self.model).items()):
             distributed.broadcast(buffer, src=0)
-
-
-Offload = Literal["none", "optimizer", "all"]
-StrategyName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 
 
 def build_strategy(

@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 
     from data.schema import Batch
     from fusion.model import Output
-    from fusion.training.config import TrainConfig
+    from fusion.training.config import Offload, TrainConfig
     from fusion.training.objective import Objective
     from fusion.training.optim import OptimConfig
-    from fusion.training.strategy import Offload
 
 BUCKET = 50_000_000
 """Most gradient elements that are reduced at once (200 MB)."""

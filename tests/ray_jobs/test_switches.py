@@ -15,6 +15,8 @@ from data.loader import open_stream
 from data.tasks import task_spec
 from fusion import registry
 from fusion.training import loop
+from fusion.training.checkpoint import read_weights
+from fusion.training.initialise import digest
 from fusion.training.strategy import Single
 from ray_jobs import config as run_config
 from ray_jobs import evaluate, session
@@ -158,7 +160,7 @@ class Bench:
         folder = RunFolder(self._root / f"run-{self._count}")
         opened = session.open_session(config, folder, Single(), ".stop")
         loop.fit(opened)
-        return (folder.best / "model.safetensors").read_bytes()
+        return digest(read_weights(folder.best)[0]).encode()
 
     def _evaluation(self, config: RunConfig) -> bytes:
         block = config.evaluate.model_dump(mode="json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,10 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from data.errors import InputError
 from data.manifest import Manifest
 from fusion.training import metrics_log
+from fusion.training.checkpoint import read_weights
+from fusion.training.flight import SaveError, raise_alike
 from fusion.training.strategy import Single
 from ray_jobs import capacity, lineage, session, train
 from ray_jobs import config as run_config
@@ -98,7 +102,7 @@ def test_a_killed_worker_changes_nothing_in_the_result(make_config):
         if line["values"].get("event") == "start"
     ]
     assert starts[0] == 0
-    assert starts[1] >= 9
+    assert starts[1] >= 6, "the checkpoint of step 9 may have been on its way to the disk"
     (recovered,) = [
         line["values"]
         for line in metrics_log.read(killed / "metrics")
@@ -107,7 +111,7 @@ def test_a_killed_worker_changes_nothing_in_the_result(make_config):
     assert re.fullmatch(r"the process of rank [01] died", recovered["cause"])
     assert recovered["attempt"] == 2
     assert starts[1] + recovered["replayed"] >= 11
-    assert recovered["replayed"] <= 3, "at most one checkpoint interval"
+    assert recovered["replayed"] <= 6, "an interval, and one that was being written"
     curves = [
         [
             line["values"]["loss"]
@@ -117,8 +121,9 @@ def test_a_killed_worker_changes_nothing_in_the_result(make_config):
         for run in (undisturbed, killed)
     ]
     assert curves[0] == curves[1]
-    weights = [(run / "best" / "model.safetensors").read_bytes() for run in (undisturbed, killed)]
-    assert weights[0] == weights[1]
+    weights = [read_weights(run / "best")[0] for run in (undisturbed, killed)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     outcomes = [json.loads((run / "outcome.json").read_text()) for run in (undisturbed, killed)]
     for outcome in outcomes:
         del outcome["time"]
@@ -180,7 +185,7 @@ def test_a_killed_cluster_is_continued_by_the_same_command(make_config, tmp_path
         line["values"] for line in surviving if line["values"].get("event") == "recovered"
     ]
     assert recovered["cause"] == "the command was killed"
-    assert recovered["replayed"] <= 3
+    assert recovered["replayed"] <= 6
 
 
 @pytest.mark.ray
@@ -231,6 +236,22 @@ def test_a_name_belongs_to_one_config(make_config, shards):
     assert lineage.claim(other, manifest, fork=True).name == "one-2", "continues its own fork"
     third = make_config(optim__lr=0.25)
     assert lineage.claim(third, manifest, fork=True).name == "one-3"
+
+
+def test_a_checkpoint_that_a_full_disk_refuses_is_told_as_one():
+    """By the number of the system's error, or by the text of safetensors' own."""
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device", "/disk/part"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ):
+        with pytest.raises(SaveError) as caught:
+            raise_alike(Single(), "checkpoint step-00000004", error)
+        place = "/disk/part" if isinstance(error, OSError) else "/run"
+        said = f"{place}: cannot be written (No space left on device); free space there"
+        assert train.full_disk(caught.value, "/run") == said
+    with pytest.raises(SaveError) as caught:
+        raise_alike(Single(), "checkpoint step-00000004", RuntimeError("the bucket is gone"))
+    assert train.full_disk(caught.value, "/run") is None
 
 
 def test_other_shards_under_the_same_name_are_refused(make_config, make_shards, shards, tmp_path):

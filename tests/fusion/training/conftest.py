@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fusion.training import checkpoint
+
 SCRIPT = Path(__file__).parent / "harness.py"
 ROOT = SCRIPT.parents[3]
 
@@ -57,6 +59,61 @@ class Outcome:
         return [line["values"]["auroc"] for line in lines if line["kind"] == "val"]
 
 
+class Resume:
+    """What two runs' last checkpoints hold, compared."""
+
+    @staticmethod
+    def held(folder):
+        return checkpoint.read(checkpoint.newest_complete(folder / "checkpoints"))
+
+    def state(self, folder):
+        """Whole weights without those left to a base, and moments, of whatever many workers."""
+        held = self.held(folder)
+        parts = {"weights": {}, "moments": {}}
+        for name in held.meta.files:
+            kind = Path(name).stem
+            if kind in parts:
+                parts[kind] |= load_file(held.path / name)
+        return parts
+
+    def gap(self, folder, other):
+        """The largest difference of weights and of moments."""
+        ours, theirs = self.state(folder), self.state(other)
+        gaps = {}
+        for kind in ours:
+            assert ours[kind].keys() == theirs[kind].keys()
+            gaps[kind] = max(
+                float((ours[kind][name].double() - theirs[kind][name].double()).abs().max())
+                for name in ours[kind]
+            )
+        return gaps
+
+    def position(self, folder):
+        """Where a run stands, without the score of its best epoch; and its schedule."""
+        meta = self.held(folder).meta
+        schedule = {
+            name: value
+            for name, value in meta.schedule.items()
+            if name in ("num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
+        }
+        return {**meta.progress.dump(), "best_score": None}, schedule
+
+    @staticmethod
+    def rows_used(outcome):
+        """Global step -> its rows, in order, over all workers."""
+        used = {}
+        for result in outcome.results:
+            for epoch, step, rows in result["used"]:
+                used.setdefault((epoch, step), []).extend(rows)
+        return used
+
+
+@pytest.fixture(scope="session")
+def resume():
+    """Comparisons of checkpoints."""
+    return Resume()
+
+
 @pytest.fixture(scope="session")
 def train_jobs():
     """A function that runs jobs one after another in one process tree; their Outcomes."""
@@ -67,12 +124,13 @@ def train_jobs():
         listing.write_text(json.dumps([asdict(job) for job in jobs]))
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+        environment["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
         done = subprocess.run(
             [sys.executable, str(SCRIPT), str(listing), str(codes)],
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=3600,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]

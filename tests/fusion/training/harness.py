@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
+import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,7 @@ from fusion import registry
 from fusion.model import FusionModel, Output, Phase, Term
 from fusion.tasks import Task
 from fusion.training import loop
+from fusion.training.agreed import AgreedError
 from fusion.training.config import CheckpointConfig, TrainConfig
 from fusion.training.optim import OptimConfig
 from fusion.training.strategy import DataParallel, build_strategy
@@ -107,6 +110,10 @@ class Job:
     stop_at: int = -1
     local_census: bool = False
     poison: int | None = None
+    init_from: dict = field(default_factory=dict)
+    asynchronous: bool = True
+    write_delay: float = 0.0
+    full_disk_at: int | None = None
     strategy: str = "ddp"
     offload: str = "none"
     whole_elements: int = 0
@@ -166,6 +173,7 @@ class Rows:
 
     def __init__(self, rows: list[dict], size: int, rank: int = 0, world: int = 1) -> None:
         self.rows, self.size, self.rank, self.world = rows, size, rank, world
+        self.used: list[tuple[int, int, list[int]]] = []
 
     @property
     def steps_per_epoch(self) -> int:
@@ -177,6 +185,7 @@ class Rows:
         for step in range(start_step, self.steps_per_epoch):
             batch = order[step * self.size : (step + 1) * self.size]
             share = np.array_split(np.arange(len(batch)), self.world)[self.rank]
+            self.used.append((epoch, step, [batch[index]["row"] for index in share]))
             yield collate([batch[index] for index in share]) if len(share) else None
 
 
@@ -200,6 +209,27 @@ class LocalCensus(DataParallel):
         return tensor.clone() if len(tensor) > 30 else super().sum(tensor)
 
 
+def deafen(name: str) -> None:
+    """What must not be: no worker hears of the others' gradients."""
+    if name == "ddp":
+        DataParallel.accumulate = lambda self, phase, last: self._wrapped.no_sync()
+    elif name == "zero3":
+        stage3 = importlib.import_module("deepspeed.runtime.zero.stage3")
+
+        def own_part(tensors, group):
+            rank, world = distributed.get_rank(), distributed.get_world_size()
+            flat = [tensor.flatten() for tensor in tensors]
+            padded = [nn.functional.pad(part, (0, -len(part) % world)) for part in flat]
+            return [part.chunk(world)[rank] for part in padded]
+
+        stage3.reduce_scatter_coalesced = own_part
+    else:
+        sharded = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+        sharded.DeepSpeedZeroOptimizer.allreduce_bucket = lambda self, bucket, *_, **__: (
+            self.flatten(bucket)
+        )
+
+
 def factory(job: Job):
     if job.model == "toy":
         return lambda: Toy(**job.options)
@@ -212,7 +242,11 @@ def settings(job: Job) -> loop.Settings:
     return loop.Settings(
         TrainConfig(**{"epochs": 2, "batch_size": 8, "log_every_steps": 1, **job.train}),
         OptimConfig(**{"lr": 1e-2, **job.optim}),
-        CheckpointConfig(every_steps=job.every_steps, every_minutes=job.every_minutes),
+        CheckpointConfig(
+            every_steps=job.every_steps,
+            every_minutes=job.every_minutes,
+            asynchronous=job.asynchronous,
+        ),
         job.seed,
     )
 
@@ -237,10 +271,13 @@ def session(job: Job, rank: int = 0) -> loop.Session:
         Path(job.folder),
         log=Lines(),
         document={"config": {"seed": job.seed}},
+        init_from={prefix: Path(source) for prefix, source in job.init_from.items()},
     )
     if job.step_minutes:
         # Worker 1's clock stands still: worker 0 alone decides.
         made.saver.clock = lambda: 60 * job.step_minutes * made.progress.updates * (rank == 0)
+    if job.write_delay and rank:
+        made.saver.on_written = lambda path: time.sleep(job.write_delay)
     made.stop_requested = lambda: _disturb(job, made, rank)
     return made
 
@@ -249,6 +286,8 @@ def _disturb(job: Job, made: loop.Session, rank: int) -> bool:
     updates = made.progress.updates
     if rank == job.kill_rank and updates == job.kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
+    if rank == job.world - 1 and updates == job.full_disk_at:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
     return rank == 0 and updates == job.stop_at
 
 
@@ -258,17 +297,21 @@ def run_worker(job: Job, rank: int, store: str) -> None:
         distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=job.world
         )
+    if job.deaf:
+        deafen(job.strategy)
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     made = session(job, rank)
     error = None
     try:
         ending = loop.fit(made)
-    except loop.NonFiniteLossError as failure:
+    except AgreedError as failure:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         ending, error = "error", str(failure)
     state = whole_weights(made.strategy)
     save_file(state, out / f"rank-{rank}.safetensors")
     result = {"ending": ending, "error": error, "progress": made.progress.dump()}
+    result["used"] = made.train.used
     (out / f"rank-{rank}.json").write_text(json.dumps({**result, "lines": made.log.lines}))
 
 

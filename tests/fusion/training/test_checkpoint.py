@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 
 import pytest
@@ -12,15 +14,17 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from data.errors import InputError
+from data.files import sha256_file
 from fusion.training import checkpoint
-from fusion.training.loop import AgreedError, fit
+from fusion.training.agreed import AgreedError
+from fusion.training.loop import fit
 from fusion.training.progress import Progress
 from fusion.training.strategy import owner
 
 FILES = [
     "rank-0000/weights.safetensors",
     "rank-0000/moments.safetensors",
-    "rank-0000/random.safetensors",
+    "rank-0000/worker.safetensors",
     "meta.json",
     "COMPLETE",
 ]
@@ -44,25 +48,95 @@ def spare(trained, tmp_path_factory):
     return folder, {name: (newest / name).read_bytes() for name in FILES}
 
 
+def damaged_at(spare, name, content):
+    """What is found while a file of the newer checkpoint has other content."""
+    folder, contents = spare
+    path = folder / "step-00000006" / name
+    path.write_bytes(content)
+    try:
+        return checkpoint.newest_complete(folder)
+    finally:
+        path.write_bytes(contents[name])
+
+
 @hypothesis_settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), flip=st.booleans())
-def test_one_cut_short_or_altered_anywhere_is_passed_over(spare, name, where, flip):
-    folder, contents = spare
-    content = contents[name]
+@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 8))
+def test_one_cut_short_or_altered_anywhere_is_passed_over(spare, name, where, bit):
+    content = spare[1][name]
     at = int(where * len(content))
-    damaged = content[:at]
-    if flip:
-        damaged += bytes([content[at] ^ 1]) + content[at + 1 :]
-    path = folder / "step-00000006" / name
-    path.write_bytes(damaged)
+    rest = bytes([content[at] ^ (1 << bit)]) + content[at + 1 :] if bit < 8 else b""
+    found = damaged_at(spare, name, content[:at] + rest)
+    assert found.path == spare[0] / "step-00000003"
+    assert list(found.skipped) == ["step-00000006"]
+    assert found.skipped["step-00000006"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_one_cut_short_or_altered_at_any_byte_does_not_verify(spare, name):
+    """Every length of every file; every byte of the small ones changed, of others every 13th."""
+    folder, contents = spare
+    newest, content = folder / "step-00000006", contents[name]
+    path = newest / name
+    try:
+        for at in range(0, len(content), 1 if len(content) < 4096 else 13):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 0x20]) + content[at + 1 :])
+            assert checkpoint.verify(newest), f"{name} altered at {at}"
+        for at in reversed(range(len(content))):
+            os.truncate(path, at)
+            assert checkpoint.verify(newest), f"{name} cut at {at}"
+    finally:
+        path.write_bytes(content)
+    assert checkpoint.verify(newest) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda meta: "[1, 2", r"not valid JSON"),
+        (lambda meta: "[]", r"the whole: Input should be"),
+        (lambda meta: json.dumps({**meta, "format": "3"}), r"format: .*valid integer"),
+        (lambda meta: json.dumps({**meta, "files": ["a"]}), r"files: Input should be"),
+        (lambda meta: json.dumps({**meta, "files": {"a": 1}}), r"files\.a: .*valid string"),
+        (lambda meta: json.dumps({**meta, "files": {"../a": ""}}), r"not below the checkpoint"),
+        (lambda meta: json.dumps({**meta, "files": {"/etc/passwd": ""}}), r"not below"),
+        (lambda meta: json.dumps({**meta, "world": 0}), r"world: .*greater than 0"),
+        (lambda meta: json.dumps({**meta, "schedule": None}), r"schedule: Input should be"),
+        (lambda meta: json.dumps({**meta, "progress": {"epoch": "x"}}), r"progress\.epoch: "),
+        (lambda meta: json.dumps({**meta, "base": {"": {}}}), r"base\.\.source: Field required"),
+        (lambda meta: json.dumps({k: v for k, v in meta.items() if k != "files"}), r"files: Field"),
+    ],
+)
+def test_a_meta_of_wrong_content_is_passed_over_with_a_reason(spare, change, reason):
+    """Also where COMPLETE agrees with it."""
+    folder, contents = spare
+    newest = folder / "step-00000006"
+    (newest / "meta.json").write_text(change(json.loads(contents["meta.json"])))
+    (newest / "COMPLETE").write_text(sha256_file(newest / "meta.json") + "\n")
     try:
         found = checkpoint.newest_complete(folder)
     finally:
-        path.write_bytes(content)
+        for name in ("meta.json", "COMPLETE"):
+            (newest / name).write_bytes(contents[name])
     assert found.path == folder / "step-00000003"
-    assert list(found.skipped) == ["step-00000006"]
+    assert re.search(reason, found.skipped["step-00000006"]), found.skipped
+
+
+def test_a_whole_one_of_another_format_is_not_passed_over(spare):
+    """An older one, or a start from nothing, would throw its steps away."""
+    folder, contents = spare
+    newest = folder / "step-00000006"
+    meta = {**json.loads(contents["meta.json"]), "format": 2}
+    (newest / "meta.json").write_text(json.dumps(meta))
+    (newest / "COMPLETE").write_text(sha256_file(newest / "meta.json") + "\n")
+    try:
+        with pytest.raises(InputError, match="format 2, but this version of the package reads 3"):
+            checkpoint.newest_complete(folder)
+    finally:
+        for name in ("meta.json", "COMPLETE"):
+            (newest / name).write_bytes(contents[name])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -98,9 +172,25 @@ def test_old_and_torn_ones_are_removed(trained):
     checkpoints = folder / "checkpoints"
     (checkpoints / "step-00000005").mkdir()
     (checkpoints / "notes").mkdir()
-    session.saver.save(Progress(updates=7), session.schedule, {})
+    with session.saver:
+        session.saver.save(Progress(updates=7), session.schedule, {})
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == ["notes", "step-00000006", "step-00000007"]
+
+
+def test_an_altered_one_is_not_among_those_kept(harness, tmp_path):
+    """Two are kept: the one just written, and the newest other one that verifies."""
+    job = harness.Job(folder=str(tmp_path), out="", strategy="single")
+    session = harness.session(job)
+    fit(session)
+    folder = tmp_path / "checkpoints"
+    with (folder / "step-00000006" / "rank-0000" / "moments.safetensors").open("r+b") as handle:
+        handle.seek(100)
+        handle.write(b"\xff")
+    with session.saver:
+        session.saver.save(Progress(updates=7), session.schedule, {})
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000007"]
+    assert all(checkpoint.verify(path) is None for path in folder.iterdir())
 
 
 def test_nothing_is_pickled(trained):
@@ -117,6 +207,16 @@ def test_another_models_checkpoint_is_refused_by_name(harness, tmp_path):
         fit(harness.session(other))
 
 
+def test_a_checkpoint_of_a_run_on_other_shards_is_refused(harness, tmp_path):
+    job = harness.Job(folder=str(tmp_path), out="", strategy="single")
+    first, other = harness.session(job), harness.session(job)
+    first.document = {"lineage": {"manifest": "a" * 64}}
+    fit(first)
+    other.document = {"lineage": {"manifest": "b" * 64}}
+    with pytest.raises(AgreedError, match=r"other shards \(manifest aaaaaaaaaaaa, but now bbb"):
+        fit(other)
+
+
 def test_best_weights_come_back_or_are_refused(trained, tmp_path):
     session, folder = trained
     tensors, meta = checkpoint.read_weights(folder / "best")
@@ -124,7 +224,8 @@ def test_best_weights_come_back_or_are_refused(trained, tmp_path):
     assert meta["config"] == {"seed": 3}
     assert set(tensors) == set(session.strategy.model.state_dict())
     shutil.copytree(folder / "best", tmp_path / "best")
-    with (tmp_path / "best" / "model.safetensors").open("ab") as handle:
+    (part,) = (tmp_path / "best").glob("parts-*/rank-0000.safetensors")
+    with part.open("ab") as handle:
         handle.write(b"x")
     with pytest.raises(InputError, match="not the file"):
         checkpoint.read_weights(tmp_path / "best")
@@ -151,13 +252,21 @@ def test_owners_depend_on_the_name_alone_and_cover_all_workers(world):
     assert set(owners) == set(range(world))
 
 
+def test_meta_says_where_the_run_stands_and_what_it_was_made_from(trained):
+    session, folder = trained
+    path = folder / "checkpoints" / "step-00000006" / "meta.json"
+    meta = checkpoint.Meta.model_validate_json(path.read_bytes())
+    assert meta.progress == session.progress
+    assert meta.progress.validations == 2, "early stopping goes on counting"
+    assert meta.model_extra["config"] == {"seed": 3}
+    assert (meta.world, meta.schedule, meta.base) == (1, {}, {})
+
+
 def test_meta_names_every_file(trained):
     folder = trained[1] / "checkpoints" / "step-00000006"
     meta = json.loads((folder / "meta.json").read_text())
-    written = {
-        str(path.relative_to(folder)) for path in folder.rglob("*.safetensors") if path.is_file()
-    }
-    assert set(meta["files"]) == written
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {*meta["files"], "meta.json", "COMPLETE"} == written
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_first_step(
