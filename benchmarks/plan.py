@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "drfuse": {"model": "drfuse", "rows": [4, 48, 4, 224]},
     "drfuse-last": {"model": "drfuse", "rows": [4, 48, 3, 224], "train": {"channels_last": True}},
     "drfuse-ddp": {"model": "drfuse", "rows": [4, 48, 4, 160], "strategy": "ddp"},
-    "drfuse-zero1": {"model": "drfuse", "rows": [4, 48, 4, 160], "strategy": "zero1"},
+    "drfuse-zero1": {"model": "drfuse", "rows": [4, 48, 4, 192], "strategy": "zero1"},
     "drfuse-zero2": {"model": "drfuse", "rows": [4, 48, 4, 192], "strategy": "zero2"},
     "drfuse-zero3": {"model": "drfuse", "rows": [4, 48, 4, 160], "strategy": "zero3"},
     "llama": {"model": "llama", "config": SMALL, "rows": [4, 128, 0, 32]},

@@ -186,6 +186,20 @@ def test_without_shards_the_next_command_is_named(run_yaml, tmp_path):
         plan.plan_run(config, _described())
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_a_running_cluster_is_read(run_yaml):
+    (config,) = run_config.load(run_yaml, ["scaling.num_workers=3"])
+    machines = plan_machines.live(config, None)
+    assert (machines.nodes, machines.workers, machines.gpu) == (1, 3, None)
+    assert machines.node_memory is not None
+    assert machines.node_memory > 2**28
+    assert machines.cpu_flops > 1e8
+    (wide,) = run_config.load(run_yaml, ["scaling.num_workers=500"])
+    with pytest.raises(InputError, match="have room for"):
+        plan_machines.live(wide, None)
+
+
 @pytest.mark.slow
 def test_a_measured_peak_is_as_predicted(tmp_path):
     """Real steps in a fresh process; more than 1 GiB above its imports."""
