@@ -40,8 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "drfuse": {"model": "drfuse", "rows": [4, 48, 4, 224]},
     "drfuse-last": {"model": "drfuse", "rows": [4, 48, 3, 224], "train": {"channels_last": True}},
     "drfuse-ddp": {"model": "drfuse", "rows": [4, 48, 4, 160], "strategy": "ddp"},
-    "drfuse-zero1": {"model": "drfuse", "rows": [4, 48, 4, 160], "strategy": "zero1"},
-    "drfuse-zero2": {"model": "drfuse", "rows": [4, 48, 4, 160], "strategy": "zero2"},
+    "drfuse-zero1": {"model": "drfuse", "rows": [4, 48, 4, 192], "strategy": "zero1"},
+    "drfuse-zero2": {"model": "drfuse", "rows": [4, 48, 4, 192], "strategy": "zero2"},
     "drfuse-zero3": {"model": "drfuse", "rows": [4, 48, 4, 160], "strategy": "zero3"},
     "llama": {"model": "llama", "config": SMALL, "rows": [4, 128, 0, 32]},
     "llama-accumulation": {
@@ -136,6 +136,7 @@ def worker(case: dict[str, Any], rank: int, world: int, store: str) -> None:
     from fusion.training.objective import census
     from fusion.training.optim import OptimConfig
     from fusion.training.optimizers import train_mode
+    from fusion.training.restore import start
     from fusion.training.strategy import build_strategy
 
     torch.set_num_threads(1)
@@ -178,7 +179,7 @@ def worker(case: dict[str, Any], rank: int, world: int, store: str) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         session = loop.Session(strategy, Task(spec), settings, Stream(), Stream(), Path(folder))
-        loop.start(session)
+        start(session)
         train_mode(strategy.model)
         peaks, seconds = [], 0.0
         for _ in range(2):

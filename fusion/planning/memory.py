@@ -9,16 +9,16 @@ is counted as it was read in its source.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from fusion.training import zero
 
 if TYPE_CHECKING:
     from fusion.planning.dry import Step
+    from fusion.training.config import Offload, StrategyName
 
-Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
-Offload = Literal["none", "optimizer", "all"]
-
-BUCKET = 200_000_000
-"""Bytes of gradients that ZeRO reduces at once; the strategy's own setting."""
+BUCKET = 4 * zero.BUCKET
+"""Bytes of gradients that ZeRO reduces at once."""
 LIVE = 4_000_000_000
 """Bytes of parameters that ZeRO-3 keeps gathered while they will be used again (1e9 elements)."""
 ENGINE = 40 * 2**20
@@ -41,7 +41,7 @@ class Layout:
         gpu: On a GPU, the optimizer updates all parameters in one sweep.
     """
 
-    strategy: Strategy
+    strategy: StrategyName
     offload: Offload = "none"
     world: int = 1
     accumulation: int = 1

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from fusion.planning.dry import Step
     from fusion.planning.machines import Machines
-    from fusion.planning.memory import Offload, Strategy
+    from fusion.training.config import Offload, StrategyName
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,12 @@ class Option:
 
 def layouts(world: int, *, gpu: bool, accumulations: Sequence[int]) -> Iterator[Layout]:
     """Every strategy, what it may offload, and each number of micro-batches."""
-    plain: Strategy = "single" if world == 1 else "ddp"
-    kinds: list[tuple[Strategy, Offload]] = [(plain, "none")]
+    plain: StrategyName = "single" if world == 1 else "ddp"
+    kinds: list[tuple[StrategyName, Offload]] = [(plain, "none")]
+    sharded: tuple[StrategyName, ...] = ("zero1", "zero2")
     offloads: tuple[Offload, ...] = ("none", "optimizer")
     if world > 1:
-        kinds += [(stage, offload) for stage in ("zero1", "zero2") for offload in offloads]
+        kinds += [(stage, offload) for stage in sharded for offload in offloads]
     # ZeRO-3 on one worker shards nothing, but it can offload everything.
     kinds += [("zero3", offload) for offload in (*offloads, "all") if world > 1 or offload == "all"]
     for accumulation in accumulations:

@@ -87,15 +87,15 @@ def test_a_run_is_planned_for_described_gpus(run_yaml):
 
 
 def test_micro_batches_are_the_share_cut(run_yaml):
-    (config,) = run_config.load(run_yaml)
+    (config,) = run_config.load(run_yaml, ["train.batch_size=64"])
     found = plan.plan_run(config, _described())
     sizes = {(option.rows, option.layout.accumulation) for option in found.options}
-    assert sizes == {(4, 1), (2, 2), (1, 4)}
+    assert sizes == {(32, 1), (16, 2), (8, 4), (4, 8), (1, 32)}
     by_rows = {
         o.rows: sum(o.memory.passes.values()) for o in found.options if o.layout.strategy == "ddp"
     }
-    assert by_rows[4] > by_rows[2] > by_rows[1]
-    assert found.steps == 5 * int(np.ceil(36 / 8))
+    assert by_rows[32] > by_rows[16] > by_rows[8]
+    assert found.steps == 5 * int(np.ceil(36 / 64))
 
 
 def test_nothing_fits_and_one_key_is_named(run_yaml):
@@ -184,6 +184,20 @@ def test_without_shards_the_next_command_is_named(run_yaml, tmp_path):
     (config,) = run_config.load(run_yaml, [f"data.shards={tmp_path / 'none'}"])
     with pytest.raises(InputError, match="run `rayfuse data extract`"):
         plan.plan_run(config, _described())
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_a_running_cluster_is_read(run_yaml):
+    (config,) = run_config.load(run_yaml, ["scaling.num_workers=3"])
+    machines = plan_machines.live(config, None)
+    assert (machines.nodes, machines.workers, machines.gpu) == (1, 3, None)
+    assert machines.node_memory is not None
+    assert machines.node_memory > 2**28
+    assert machines.cpu_flops > 1e8
+    (wide,) = run_config.load(run_yaml, ["scaling.num_workers=500"])
+    with pytest.raises(InputError, match="have room for"):
+        plan_machines.live(wide, None)
 
 
 @pytest.mark.slow
