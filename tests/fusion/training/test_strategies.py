@@ -27,9 +27,11 @@ DRFUSE = {
     "model": "drfuse",
     "options": {"dropout": 0.0},
     "train": {"epochs": 3, "batch_norm": "synchronised"},
-    "optim": {"lr": 3e-3, **PLATEAU},
+    # With few images batch norm amplifies rounding, and a higher rate that once more.
+    "optim": {"lr": 1e-3, **PLATEAU},
 }
-MEDFUSE = {**DRFUSE, "model": "medfuse", "optim": {"lr": 1e-3, **PLATEAU}}
+MEDFUSE = {**DRFUSE, "model": "medfuse"}
+MMTM = {**DRFUSE, "model": "mmtm", "optim": {"lr": 1e-4, **PLATEAU}}
 FROZEN = {
     **DRFUSE,
     "optim": {"lr": 1e-3, "group_lr": {"cxr_encoder": 0, "ehr_encoder": 1e-4}, **PLATEAU},
@@ -119,7 +121,7 @@ def test_a_strategy_trains_as_one_worker_does(outcomes, name):
     assert apart > 1e-3
 
 
-MODELS = {"medfuse": MEDFUSE, "drfuse": DRFUSE, "mmtm": {**DRFUSE, "model": "mmtm"}}
+MODELS = {"medfuse": MEDFUSE, "drfuse": DRFUSE, "mmtm": MMTM}
 FEATURES = {
     "accumulation": {**FROZEN, "train": {"epochs": 3, "accumulation": 3}},
     "clipping": {**FROZEN, "optim": {**FROZEN["optim"], "clip_norm": 0.05}},
