@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _RUNS = Path(__file__).parents[1] / "ray_jobs" / "conftest.py"
 _SPEC = importlib.util.spec_from_file_location("runs_conftest", _RUNS)
 _MODULE = importlib.util.module_from_spec(_SPEC)
+sys.modules[_SPEC.name] = _MODULE
 _SPEC.loader.exec_module(_MODULE)
 make_run = _MODULE.make_run
 
