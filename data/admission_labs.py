@@ -175,11 +175,12 @@ def _sentences(rows: pl.DataFrame, config: AdmissionConfig) -> pl.DataFrame:
             maintain_order="left",
         )
         abnormal = ~pl.col("number").is_between("low", "high")
-    shown = pl.coalesce("value", pl.col("valuenum").cast(pl.String)).fill_null("")
+    says = pl.col("value").str.contains(r"[0-9A-Za-z]")
+    shown = pl.coalesce(pl.when(says).then("value"), pl.col("valuenum").cast(pl.String))
     last = (
         rows.filter(abnormal)
         .with_columns(shown.alias("shown"))
-        .filter(pl.col("shown").str.strip_chars() != "")
+        .drop_nulls("shown")
         .group_by("hadm_id", "item", maintain_order=True)
         .agg(pl.col("name", "shown", "found_unit", "charttime", "available").last())
         .sort("hadm_id", "charttime", "name", "item")

@@ -132,6 +132,9 @@ def _prefixes(codes: MedsCodes) -> list[str]:
 
 
 def _typed(frame: pl.DataFrame) -> pl.DataFrame:
+    """The canonical columns; a float32 is read as the decimal it was written as (7.35, no less)."""
+    if frame["numeric_value"].dtype == pl.Float32:
+        frame = frame.with_columns(pl.col("numeric_value").cast(pl.String))
     return frame.select(
         (pl.col(name) if name in frame.columns else pl.lit(None)).cast(kind).alias(name)
         for name, kind in TABLES["meds"].items()
@@ -299,7 +302,12 @@ def _assigned(rows: pl.DataFrame, admissions: pl.DataFrame, codes: MedsCodes) ->
         pl.col("hadm_id").alias("__id"),
     ).sort("__begun")
     joined = timed.sort("time").join_asof(
-        begun, left_on="time", right_on="__begun", by="subject_id", strategy="backward"
+        begun,
+        left_on="time",
+        right_on="__begun",
+        by="subject_id",
+        strategy="backward",
+        check_sortedness=False,
     )
     ended = pl.col("time") <= pl.col("dischtime") + pl.duration(days=codes.days_after)
     own = pl.coalesce("hadm_id", pl.when(ended).then("__id"))
