@@ -105,7 +105,11 @@ class FusionModel(nn.Module, ABC):
 
     @abstractmethod
     def __init__(self, config: Any, task: TaskSpec) -> None:
-        """Build from its own Config for a task's labels."""
+        """Build from its own Config for a task's labels.
+
+        A submodule is complete, its initial values set, before it is assigned to the model: a
+        sharding strategy takes its parameters apart from then on.
+        """
         super().__init__()
 
     @abstractmethod

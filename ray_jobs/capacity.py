@@ -40,15 +40,27 @@ def check(scaling: ScalingConfig) -> None:
 
 def shortage(scaling: ScalingConfig) -> str | None:
     """What the nodes lack for the fewest workers a run may have, busy or not; None if nothing."""
+    return lacking(scaling.least, per_worker(scaling), list(lasting_nodes().values()))
+
+
+def lasting_nodes() -> dict[str, Resources]:
+    """What each node holds, busy or not, by id; without those about to be taken away."""
     import ray
 
     draining = draining_nodes()
-    nodes = [
-        node["Resources"]
+    return {
+        node["NodeID"]: node["Resources"]
         for node in ray.nodes()
-        if node["Alive"] and node.get("NodeID") not in draining
-    ]
-    return lacking(scaling.least, per_worker(scaling), nodes)
+        if node["Alive"] and node["NodeID"] not in draining
+    }
+
+
+def free_nodes() -> dict[str, Resources]:
+    """What is free now on each of them."""
+    import ray
+
+    free = ray._private.state.available_resources_per_node()
+    return {node: dict(free.get(node, {})) for node in lasting_nodes()}
 
 
 def draining_nodes() -> set[str]:
@@ -72,11 +84,8 @@ def per_worker(scaling: ScalingConfig) -> Resources:
 
 def lacking(workers: int, needed: Resources, nodes: Sequence[Resources]) -> str | None:
     """What keeps `workers`, each with `needed`, from fitting on nodes that hold nothing else."""
-    rooms = [
-        min((int(node.get(name, 0.0) / amount) for name, amount in needed.items()), default=workers)
-        for node in nodes
-    ]
-    if sum(rooms) >= workers:
+    room = rooms(needed, nodes)
+    if room is None or room >= workers:
         return None
     each = ", ".join(f"{amount:g} {name}" for name, amount in needed.items())
     held = "; ".join(
@@ -87,5 +96,14 @@ def lacking(workers: int, needed: Resources, nodes: Sequence[Resources]) -> str 
     )
     return (
         f"scaling.num_workers asks for {workers}, each with {each}, but the cluster's "
-        f"{len(nodes)} node(s) have room for {sum(rooms)} ({held})"
+        f"{len(nodes)} node(s) have room for {room} ({held})"
+    )
+
+
+def rooms(needed: Resources, nodes: Sequence[Resources]) -> int | None:
+    """How many workers, each with `needed`, fit on nodes; None where they need nothing."""
+    if not needed:
+        return None
+    return sum(
+        min(int(node.get(name, 0.0) / amount) for name, amount in needed.items()) for node in nodes
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from data.errors import InputError
-from ray_jobs import cli_cluster, cli_data, cli_runs
+from ray_jobs import cli_cluster, cli_data, cli_plan, cli_runs, cli_tune
 from ray_jobs.cli_data import say
 from ray_jobs.supervise import Terminated
 
@@ -248,6 +248,8 @@ def import_weights(
     say(f"wrote {len(weights)} tensors of {system} to {out}")
 
 
+app.command()(cli_tune.tune)
+app.command()(cli_plan.plan)
 app.command(context_settings=cli_cluster.SETTINGS)(cli_cluster.submit)
 
 

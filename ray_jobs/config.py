@@ -17,7 +17,7 @@ from data.switches import ExtractConfig, Sources
 from data.tasks import task_spec
 from fusion import registry
 from fusion.metrics.config import EvaluateConfig
-from fusion.training.config import CheckpointConfig, TrainConfig
+from fusion.training.config import CheckpointConfig, Offload, StrategyName, TrainConfig
 from fusion.training.optim import OptimConfig
 from ray_jobs import storage
 
@@ -38,7 +38,12 @@ class ScalingConfig(Config):
     it."""
     use_gpu: bool = False
     resources_per_worker: dict[str, float] = Field(default_factory=dict)
-    strategy: Literal["single", "ddp"] = "ddp"
+    strategy: StrategyName = "ddp"
+    """`ddp` holds everything on every worker; `zero1` shards the optimizer's state over them,
+    `zero2` the gradients too, `zero3` the parameters too."""
+    offload: Offload = "none"
+    """What a ZeRO strategy keeps in the host's memory: `optimizer` its state and the update, `all`
+    the parameters too (zero3)."""
     max_failures: int = Field(default=3, ge=0)
     """Times that lost workers are started again, from the newest complete checkpoint."""
     hang_after_s: float = Field(default=1800.0, gt=0)
@@ -56,6 +61,20 @@ class ScalingConfig(Config):
         if not all(type(each) is int and each >= 1 for each in numbers) or numbers[0] > numbers[1]:
             raise ValueError("needs a number of workers from 1 on, or [fewest, most]")
         return value if isinstance(value, int) else tuple(numbers)
+
+    @model_validator(mode="after")
+    def _shardable(self) -> ScalingConfig:
+        if self.offload != "none" and self.strategy in ("single", "ddp"):
+            raise ValueError(
+                f"offload={self.offload} with strategy={self.strategy}: only ZeRO can offload; set "
+                "strategy=zero2, or offload=none"
+            )
+        if self.offload == "all" and self.strategy != "zero3":
+            raise ValueError(
+                f"offload=all with strategy={self.strategy}: only zero3 shards the parameters; set "
+                "strategy=zero3, or offload=optimizer"
+            )
+        return self
 
     @property
     def least(self) -> int:

@@ -46,7 +46,7 @@ Points = list[tuple[float, float]]
 
 def curves(series: Mapping[str, Points], *, title: str, salt: str) -> str:
     """Lines over epochs, one for each name; a name without points is left out."""
-    with _canvas(title, salt) as (axes, done):
+    with canvas(title, salt) as (axes, done):
         for colour, (name, points) in zip(_cycle(), series.items(), strict=False):
             if points:
                 x, y = zip(*points, strict=True)
@@ -60,7 +60,7 @@ def curves(series: Mapping[str, Points], *, title: str, salt: str) -> str:
 
 def reliability(curves_of: Mapping[str, Points], *, title: str, salt: str) -> str:
     """Observed share of positives over mean prediction, for each named set."""
-    with _canvas(title, salt) as (axes, done):
+    with canvas(title, salt) as (axes, done):
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
         for colour, (name, points) in zip(_cycle(), curves_of.items(), strict=False):
             if points:
@@ -79,7 +79,7 @@ def sweep(points: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str, salt
         title: Above the figure, and its alternative text.
         salt: Keeps the figure's ids its own.
     """
-    with _canvas(title, salt) as (axes, done):
+    with canvas(title, salt) as (axes, done):
         for colour, (name, rows) in zip(_cycle(), points.items(), strict=False):
             shares = [100 * row["share"] for row in rows]
             axes.plot(
@@ -104,7 +104,7 @@ def sweep(points: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str, salt
 
 def scatter(groups: Mapping[str, NDArray[np.floating]], *, title: str, salt: str) -> str:
     """Points ([N, 2] each) of named groups."""
-    with _canvas(title, salt) as (axes, done):
+    with canvas(title, salt) as (axes, done):
         for colour, (name, points) in zip(_cycle(), groups.items(), strict=False):
             axes.scatter(points[:, 0], points[:, 1], s=7, color=colour, alpha=0.7, linewidths=0)
             axes.scatter([], [], s=20, color=colour, label=name)
@@ -142,7 +142,7 @@ def _cycle() -> Iterator[str]:
 
 
 @contextmanager
-def _canvas(title: str, salt: str) -> Iterator[tuple[Any, list[str]]]:
+def canvas(title: str, salt: str) -> Iterator[tuple[Any, list[str]]]:
     """Axes to draw on; afterwards the list holds the SVG."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 PACKAGES = ("data", "fusion", "ray_jobs")
-CODE = (".py", ".yaml", ".yml", ".j2", ".md", ".sbatch", ".txt")
+CODE = (".py", ".yaml", ".yml", ".j2", ".css", ".md", ".sbatch", ".txt")
 # Open tables that the package ships, with their licences; a job needs them.
 RESOURCES = (
     "data/resources/ccs_2015_icd9.csv.gz",

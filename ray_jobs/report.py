@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from jinja2 import Template
+
     from data.manifest import Manifest
     from ray_jobs.config import RunConfig
 
@@ -42,13 +44,24 @@ def write_report(run_folders: list[Path], out: Path) -> Path:
     Raises:
         InputError: A folder is no run, or was not evaluated.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from ray_jobs.compare import compare_runs
 
     if not run_folders:
         raise InputError("report: no run given; name at least one run folder")
     runs = [_run_section(folder, number) for number, folder in enumerate(run_folders)]
+    html = template(TEMPLATE).render(
+        title=", ".join(run["name"] for run in runs),
+        runs=runs,
+        comparison=compare_runs(run_folders) if len(runs) > 1 else None,
+    )
+    write_text(out, html)
+    return out
+
+
+def template(name: str) -> Template:
+    """A page of templates/."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     # Reached by path: the templates are package data, not a package.
     environment = Environment(
         loader=FileSystemLoader(__file__.rsplit("report.py", 1)[0] + "templates"),
@@ -57,13 +70,7 @@ def write_report(run_folders: list[Path], out: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = environment.get_template(TEMPLATE).render(
-        title=", ".join(run["name"] for run in runs),
-        runs=runs,
-        comparison=compare_runs(run_folders) if len(runs) > 1 else None,
-    )
-    write_text(out, html)
-    return out
+    return environment.get_template(name)
 
 
 def primary_split(run_folder: Path) -> str:

@@ -9,6 +9,7 @@ from data.tasks import task_spec
 from fusion import registry
 from fusion.tasks import Task
 from fusion.training import loop
+from fusion.training.flops import count_flops
 from fusion.training.metrics_log import MetricsLog, Silent
 from ray_jobs import mirror
 from ray_jobs.heartbeat import Watched
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from data.loader import BatchLoader
     from data.reader import ShardReader
+    from fusion.model import FusionModel
     from fusion.training.progress import Progress
     from fusion.training.strategy import Strategy
     from ray_jobs.config import RunConfig
@@ -60,7 +62,11 @@ def open_session(
     task = Task(task_spec(config.task))
     kind = registry.get(config.model.name)  # type: ignore[attr-defined]
     settings = loop.Settings(config.train, config.optim, config.checkpoint, config.seed)
-    loop.prepare(strategy, lambda: kind(config.model, task.spec), settings)
+
+    def factory() -> FusionModel:
+        return kind(config.model, task.spec)
+
+    loop.prepare(strategy, factory, settings)
     session = loop.Session(
         strategy,
         task,
@@ -71,6 +77,10 @@ def open_session(
         log=MetricsLog(folder.metrics) if strategy.rank == 0 else Silent(),
         init_from=config.init_from,
         stop_requested=stop_flag(folder.path / stop, strategy.rank),
+        # Of use beside a GPU's peak only, and a few seconds' work.
+        flops=(lambda image_size: count_flops(factory, task, config.train, image_size))
+        if strategy.device.type == "cuda"
+        else None,
     )
     if (copy := mirror.of(config, folder.path)) is not None:
         session.saver.on_written, session.saver.on_removed = copy.written, copy.removed

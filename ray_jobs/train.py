@@ -157,7 +157,11 @@ def _train(payload: dict[str, Any], heart: Heart, local_workers: int) -> dict[st
     torch.backends.cudnn.deterministic = True
     heart.beat("strategy")
     config, folder = run_config.from_dump(payload["config"]), RunFolder(Path(payload["folder"]))
-    strategy = build_strategy(config.scaling.strategy, get_device())
+    try:
+        scaling = config.scaling
+        strategy = build_strategy(scaling.strategy, get_device(), scaling.offload)
+    except InputError as error:  # alike on every worker
+        return {"ending": None, "error": str(error)}
     heart.beat("opening")
     session, fault = None, None
     try:
@@ -206,7 +210,8 @@ def _fit(
             if result["ending"] != "interrupted":
                 return result
             if fit.asked != "drain":
-                left = f"{config.name}: {fit.asked}: checkpoint written; the same command goes on"
+                asked = fit.asked or "asked to end"
+                left = f"{config.name}: {asked}: checkpoint written; the same command goes on"
                 kind = supervise.Terminated if fit.asked == "SIGTERM" else KeyboardInterrupt
                 raise kind(left)
             pulse.lost("a node was about to be taken away")

@@ -65,7 +65,8 @@ def present_images(
     """The images to encode, with `encoder`'s batch norms made safe for their number.
 
     With fewer than two images batch norm has no batch to speak of, so it is in evaluation mode: it
-    reads its running statistics and does not move them.
+    reads its running statistics and does not move them. One that sees the rows of all workers takes
+    a single image too, and counts for itself.
 
     Args:
         batch: P images of B rows.
@@ -82,7 +83,7 @@ def present_images(
     stands_in = len(index) == 0
     if stands_in:
         images = images.new_zeros(STAND_INS, *images.shape[1:])
-    with _steady_norms(encoder, steady=stands_in or len(index) == 1):
+    with _steady_norms(encoder, steady=stands_in, few=len(index) < STAND_INS):
         yield PresentRows(images, index, available, stands_in)
 
 
@@ -117,11 +118,13 @@ def _over_rows(mask: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def _steady_norms(encoder: nn.Module, *, steady: bool) -> Iterator[None]:
+def _steady_norms(encoder: nn.Module, *, steady: bool, few: bool) -> Iterator[None]:
     norms = [
         module
         for module in encoder.modules()
-        if steady and isinstance(module, _BatchNorm) and module.training
+        if isinstance(module, _BatchNorm)
+        and module.training
+        and (steady or (few and not getattr(module, "across_workers", False)))
     ]
     for norm in norms:
         norm.eval()

@@ -29,9 +29,10 @@ class LSTM(FusionModel, name="lstm"):
     def __init__(self, config: Config, task: TaskSpec) -> None:
         super().__init__(config, task)
         self.ehr_encoder = LSTMEncoder(hidden=config.hidden, dropout=config.dropout)
-        self.ehr_head = nn.Linear(config.hidden, len(task.labels))
-        nn.init.xavier_uniform_(self.ehr_head.weight)
-        nn.init.zeros_(self.ehr_head.bias)
+        head = nn.Linear(config.hidden, len(task.labels))
+        nn.init.xavier_uniform_(head.weight)
+        nn.init.zeros_(head.bias)
+        self.ehr_head = head
 
     def forward(self, batch: Batch) -> Output:
         """One pass over a batch."""

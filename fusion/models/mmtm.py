@@ -45,9 +45,21 @@ class MMTM(FusionModel, name="mmtm"):
 
     modalities = ("ehr", "cxr")
     phases = (
-        Phase("ehr", parameters=("ehr_encoder", "mmtm", "ehr_head"), terms=("ehr",)),
-        Phase("cxr", parameters=("cxr_encoder", "mmtm", "cxr_head"), terms=("cxr",)),
-        Phase("joint", terms=("joint",)),
+        Phase(
+            "ehr",
+            parameters=("ehr_encoder", "mmtm.squeeze", "mmtm.series_gate", "ehr_head"),
+            terms=("ehr",),
+        ),
+        Phase(
+            "cxr",
+            parameters=("cxr_encoder", "mmtm.squeeze", "mmtm.visual_gate", "cxr_head"),
+            terms=("cxr",),
+        ),
+        Phase(
+            "joint",
+            parameters=("ehr_encoder", "cxr_encoder", "mmtm", "joint_projection", "joint_head"),
+            terms=("joint",),
+        ),
     )
     TINY: ClassVar = {"hidden": 8, "depth": 10, "base_width": 4}
 

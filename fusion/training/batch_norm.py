@@ -34,14 +34,21 @@ def collective_statistics() -> Iterator[None]:
         _COLLECTIVE = previous
 
 
+def is_collective() -> bool:
+    """Whether such a pass runs."""
+    return _COLLECTIVE
+
+
 class SynchronisedBatchNorm(_BatchNorm):
     """Normalises [N, C, ...] by the mean and variance over the N of all workers.
 
     In a training pass a module in evaluation mode still joins, with no rows of its own: it
     normalises by the running statistics, as it would alone, and keeps them equal to the others'.
-    A frozen one (its weight takes no gradient) in evaluation mode stays as it is.
+    A frozen one (its weight takes no gradient) in evaluation mode stays as it is. Where all workers
+    together have one row, there is no batch to speak of: the running statistics hold.
     """
 
+    across_workers = True
     group: ProcessGroup | None = None
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -63,12 +70,16 @@ class SynchronisedBatchNorm(_BatchNorm):
         shift = self.running_mean.clone()
         values = input.float() - shift.view(shape)
         own = values if self.training else values * 0
-        rows = input.numel() / input.shape[1] if self.training else 0.0
-        packed = torch.cat([own.sum(axes), own.square().sum(axes), own.new_tensor([rows])])
+        rows = len(input) if self.training else 0
+        counts = own.new_tensor([rows * input[0, 0].numel(), rows])
+        packed = torch.cat([own.sum(axes), own.square().sum(axes), counts])
         packed = all_reduce(packed, group=self.group)  # type: ignore[no-untyped-call]
-        count = packed[-1].detach()
-        mean, square = packed[:-1].view(2, -1) / count.clamp(min=1)
+        several = packed[-1].detach() > 1
+        count = packed[-2].detach() * several
+        mean, square = packed[:-2].view(2, -1) / count.clamp(min=1)
         variance = (square - mean.square()).clamp(min=0)
+        mean = torch.where(several, mean, 0.0)
+        variance = torch.where(several, variance, self.running_var.clone())
         self._update((mean + shift).detach(), variance.detach(), count)
         if alone is not None:
             return alone + 0 * packed.sum()
@@ -91,7 +102,8 @@ class SynchronisedBatchNorm(_BatchNorm):
         seen = (count > 0).to(mean.dtype)
         self.num_batches_tracked += (count > 0).to(self.num_batches_tracked.dtype)
         # momentum=None is the cumulative average.
-        momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        tracked = self.num_batches_tracked.clamp(min=1)
+        momentum = 1 / tracked if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, seen * momentum)
         self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), seen * momentum)
 

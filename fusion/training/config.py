@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.config import Config
+
+StrategyName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Offload = Literal["none", "optimizer", "all"]
 
 
 class TrainConfig(Config):
@@ -29,19 +33,41 @@ class TrainConfig(Config):
     """Which weights the run ends with, in best/."""
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False
+    recompute: bool = False
+    """Activation checkpointing: keep the inputs of encoder blocks only, and run the blocks again in
+    the backward pass. Less memory for about a third more computation."""
     batch_norm: Literal["per_worker", "synchronised"] = "per_worker"
     """`per_worker`: each worker normalises by its own rows, and worker 0's running statistics are
-    those that are evaluated and saved. `synchronised`: by the rows of all workers."""
+    those that are evaluated. `synchronised`: by the rows of all workers."""
     drop_last: bool = False
     """The released train loader drops the short last batch; here it is used."""
     log_every_steps: int = Field(default=20, ge=1)
     """Steps whose means make one line of the metrics."""
+    profile: str | None = None
+    """First and last step, counted from 0 over the run, of which worker 0 writes a trace for
+    chrome://tracing into the run's traces/, e.g. "10-15". It ends with its epoch."""
 
     @model_validator(mode="after")
     def _trains(self) -> TrainConfig:
         if self.evaluate == "before_epoch" and self.epochs < 2:
             raise ValueError("evaluate=before_epoch trains epochs - 1 epochs: set epochs >= 2")
         return self
+
+    @field_validator("profile", mode="after")
+    @classmethod
+    def _steps(cls, value: str | None) -> str | None:
+        found = re.fullmatch(r"(\d+)-(\d+)", value) if value is not None else None
+        if value is not None and (found is None or int(found[1]) > int(found[2])):
+            raise ValueError('needs the first and the last step, e.g. "10-15"')
+        return value
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """First and last step that are traced."""
+        if self.profile is None:
+            return None
+        first, last = self.profile.split("-")
+        return int(first), int(last)
 
     @property
     def trained_epochs(self) -> int:

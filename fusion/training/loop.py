@@ -18,10 +18,13 @@ from fusion.training.meter import Meter
 from fusion.training.metrics_log import Log, Silent
 from fusion.training.objective import MicroBatch, census, cut, placeholder
 from fusion.training.optimizers import Schedule, freeze, train_mode
-from fusion.training.predict import Predictions, merge, predict, selection_score
+from fusion.training.predict import Predictions, merge, predict, validation_scores
 from fusion.training.progress import Progress
+from fusion.training.recompute import recompute
 from fusion.training.restore import start
 from fusion.training.saver import Saver
+from fusion.training.speed import Speed
+from fusion.training.tracing import Tracer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from fusion.model import FusionModel
     from fusion.tasks import Task
     from fusion.training.config import CheckpointConfig, TrainConfig
+    from fusion.training.flops import Flops
     from fusion.training.optim import OptimConfig
     from fusion.training.strategy import Strategy
 
@@ -83,6 +87,7 @@ class Session:
         after_validation: Called on every worker with the validation's values.
         beat: Told on every worker what it is about to do, and at which step.
         saver: Writes checkpoints and best weights.
+        flops: From an image's size to the model's FLOPs, for the log of the speed.
     """
 
     strategy: Strategy
@@ -98,13 +103,19 @@ class Session:
     after_validation: Callable[[dict[str, float]], None] = lambda values: None
     beat: Callable[[Stage, Progress], None] = lambda stage, progress: None
     progress: Progress = field(default_factory=Progress)
+    flops: Callable[[int], Flops] | None = None
     schedule: Schedule = field(init=False)
     saver: Saver = field(init=False)
     meter: Meter = field(default_factory=Meter)
+    speed: Speed = field(init=False)
+    tracer: Tracer = field(init=False)
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(self.settings.optim)
         self.saver = Saver(self.folder, self.strategy, self.settings.checkpoint)
+        self.speed = Speed(self.flops)
+        traced = self.settings.train.profiled if self.strategy.rank == 0 else None
+        self.tracer = Tracer(self.folder / "traces", traced)
 
 
 def prepare(
@@ -118,6 +129,8 @@ def prepare(
     torch.manual_seed(settings.seed)
     model = strategy.build(factory, settings.train)
     freeze(model, settings.optim)
+    if settings.train.recompute:
+        recompute(model)
     checkpoint.seed_worker(settings.seed, strategy.rank)
     return model
 
@@ -164,7 +177,7 @@ def train_step(session: Session, share: Batch | None, counts: Tensor) -> None:
             strategy.model.zero_grad(set_to_none=True)
             losses = []
             for part in parts:
-                with strategy.accumulate(last=part is parts[-1]):
+                with strategy.accumulate(number, last=part is parts[-1]):
                     loss, sums = strategy.forward(part, counts, phase)
                     strategy.backward(loss)
                 losses.append(loss.detach())
@@ -179,7 +192,14 @@ def evaluate_model(session: Session, stream: BatchStream) -> Predictions:
     """Predictions of a whole split, on every worker, in the order of its rows."""
     strategy = session.strategy
     strategy.align()
-    own = predict(strategy.model, stream.epoch(0), session.task, config=session.settings.train)
+    own = predict(
+        strategy.model,
+        stream.epoch(0),
+        session.task,
+        config=session.settings.train,
+        forward=strategy.infer,
+        filler=placeholder(session.task.spec, PLACEHOLDER_SIZE),
+    )
     return merge(strategy.gather(own))
 
 
@@ -216,10 +236,13 @@ def _train_epoch(session: Session) -> bool:
         if failed:
             session.saver.settle()
         if stop:
+            session.tracer.close(progress.updates - 1)
             _save(session)
             return False
         session.beat("step", progress)
-        train_step(session, share, totals[:-3])
+        with session.tracer.step(progress.updates):
+            train_step(session, share, totals[:-3])
+        session.speed.stepped(share)
         progress.step += 1
         progress.updates += 1
         session.meter.steps += 1
@@ -228,6 +251,7 @@ def _train_epoch(session: Session) -> bool:
         asked_for = due or (every and progress.updates % every == 0)
         if asked_for and progress.step < _steps(session):
             _save(session)
+    session.tracer.close(progress.updates - 1)
     _log_training(session)
     progress.epoch += 1
     progress.step = 0
@@ -238,7 +262,7 @@ def _shares(session: Session) -> Iterator[Batch | None]:
     """The rest of the epoch; told before each share that it is waited for."""
     progress = session.progress
     session.beat("data", progress)
-    for share in session.train.epoch(progress.epoch, progress.step):
+    for share in session.speed.waited(session.train.epoch(progress.epoch, progress.step)):
         yield share
         session.beat("data", progress)
 
@@ -251,14 +275,14 @@ def _validate(session: Session) -> None:
     metric = session.settings.train.selection_metric
     # One worker decides: a sum in another order could tip a comparison.
     try:
-        own = selection_score(predictions.targets, predictions.probabilities, metric)
+        own = validation_scores(predictions.targets, predictions.probabilities, metric)
     except InputError as error:
         raise AgreedError(str(error)) from None
-    score, loss = strategy.share((own, predictions.loss / len(predictions.rows)))
-    better = progress.record(score)
+    scores, loss = strategy.share((own, predictions.loss / len(predictions.rows)))
+    better = progress.record(scores[metric])
     session.schedule.step(loss)
     session.schedule.apply(strategy.optimizers)
-    values = {metric: score, "loss": loss, "lr": _rate(session), "rows": len(predictions.rows)}
+    values = {**scores, "loss": loss, "lr": _rate(session), "rows": len(predictions.rows)}
     session.log.write("val", progress, {**values, "best": better})
     if better and session.settings.train.restore == "best":
         _write_best(session, selected="best")
@@ -303,6 +327,9 @@ def _log_training(session: Session) -> None:
         of = _steps(session) * session.settings.train.trained_epochs
         values = {**means, "lr": _rate(session), "steps": meter.steps, "of": of}
         session.log.write("train", session.progress, values)
+    precision = session.settings.train.precision
+    if speed := session.speed.values(session.strategy, precision):
+        session.log.write("speed", session.progress, speed)
 
 
 def _rate(session: Session) -> float:

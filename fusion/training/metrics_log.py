@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fusion.training.progress import Progress
 
-Kind = Literal["train", "val", "event"]
+Kind = Literal["train", "speed", "val", "event"]
 _ATTEMPT = re.compile(r"attempt-(\d+)")
 _PART = re.compile(r"part-(\d+)\.jsonl")
 

@@ -55,7 +55,7 @@ def population(counts: Tensor, over: tuple[str, ...]) -> Tensor:
     """Scalar: the rows of a census that have every modality in `over`."""
     needed = sum(1 << MODALITIES.index(modality) for modality in over)
     patterns = torch.arange(N_PATTERNS, device=counts.device)
-    return counts[(patterns & needed) == needed].sum()
+    return torch.where((patterns & needed) == needed, counts, 0.0).sum()
 
 
 def placeholder(spec: TaskSpec, image_size: int) -> Batch:

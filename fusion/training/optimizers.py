@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from fusion.training.optim import matches, rate
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from fusion.model import FusionModel, Phase
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def freeze(model: FusionModel, config: OptimConfig) -> None:
-    """Take the parameters whose rate is 0 out of training.
+    """Take the parameters whose rate is 0, or that no phase updates, out of training.
 
     Raises:
         InputError: A prefix of `group_lr` matches no parameter, its rate is negative, or a phase
@@ -38,7 +39,7 @@ def freeze(model: FusionModel, config: OptimConfig) -> None:
         if lr < 0:
             raise InputError(f"optim.group_lr.{prefix}: a rate cannot be negative (got {lr})")
     for name, parameter in model.named_parameters():
-        if rate(name, config) == 0:
+        if rate(name, config) == 0 or not any(_updates(phase, name) for phase in model.phases):
             parameter.requires_grad_(False)
     for phase in model.phases:
         if not phase_parameters(model, phase):
@@ -69,12 +70,62 @@ def build_optimizers(
 
 def phase_parameters(model: nn.Module, phase: Phase) -> dict[str, nn.Parameter]:
     """The trainable parameters a phase updates, by name."""
-    prefixes = phase.parameters or ("",)
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and any(matches(name, prefix) for prefix in prefixes)
+        if parameter.requires_grad and _updates(phase, name)
     }
+
+
+class PhasedAdam(torch.optim.Adam):
+    """The optimizers of all phases in one: each has its own state, and steps its own groups only.
+
+    For wrappers that take one optimizer and put their own tensors in its groups' place. A group
+    holds the parameters of one rate that the same phases update; its `phases` are their numbers.
+
+    Attributes:
+        phase: Number of the phase that `step` updates.
+        states: Of each phase, as `state`.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], phases: int, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.phase = 0
+        self.states: list[defaultdict[Tensor, dict[str, Any]]] = [
+            defaultdict(dict) for _ in range(phases)
+        ]
+        self.state = self.states[0]
+
+    def step(self, closure: Any = None) -> Any:
+        """One update of the groups of the current phase."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if self.phase in group["phases"]]
+        self.state = self.states[self.phase]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
+def build_phased_optimizer(
+    model: nn.Module, phases: Sequence[Phase], config: OptimConfig
+) -> PhasedAdam:
+    """What `build_optimizers` gives, as one optimizer."""
+    groups: dict[tuple[float, tuple[int, ...]], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        numbers = tuple(n for n, phase in enumerate(phases) if _updates(phase, name))
+        if parameter.requires_grad and numbers:
+            groups.setdefault((rate(name, config), numbers), []).append(parameter)
+    return PhasedAdam(
+        [
+            {"params": members, "lr": lr, "initial_lr": lr, "phases": numbers}
+            for (lr, numbers), members in groups.items()
+        ],
+        len(phases),
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        decoupled_weight_decay=config.name == "adamw",
+    )
 
 
 class Schedule:
@@ -122,6 +173,10 @@ def _build(model: nn.Module, phase: Phase, config: OptimConfig) -> Optimizer:
         weight_decay=config.weight_decay,
     )
     return optimizer
+
+
+def _updates(phase: Phase, name: str) -> bool:
+    return any(matches(name, prefix) for prefix in phase.parameters or ("",))
 
 
 def _prefixes(name: str) -> list[str]:

@@ -10,14 +10,15 @@ import torch
 
 from data.errors import InputError
 from fusion.metrics import ranking
+from fusion.metrics.calibration import expected_calibration_error
 from fusion.training.config import TrainConfig
 from fusion.training.objective import autocast, images_last
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from data.schema import Batch
-    from fusion.model import FusionModel
+    from fusion.model import FusionModel, Output
     from fusion.tasks import Task
 
 FP32 = TrainConfig()
@@ -64,15 +65,20 @@ def predict(
     *,
     config: TrainConfig = FP32,
     features: Sequence[str] = (),
+    forward: Callable[[Batch], Output] | None = None,
+    filler: Batch | None = None,
 ) -> Predictions:
     """Run a model over batches in evaluation mode, on the device where it lives.
 
     Args:
         model: Left in the mode it was in.
-        batches: None is passed over (an empty share).
+        batches: None is an empty share.
         task: Turns logits into probabilities.
         config: Precision and memory format.
         features: Names of `Output.features` to keep.
+        forward: The model's forward pass where it is wrapped.
+        filler: What an empty share runs, without a trace in the result, so that every worker runs
+            as many passes; without it an empty share is passed over.
 
     Returns:
         Predictions in the order of the batches.
@@ -83,11 +89,14 @@ def predict(
     training = {module: module.training for module in model.modules()}
     model.eval()
     for batch in batches:
+        rows = filler if batch is None else batch
+        if rows is None:
+            continue
+        moved = rows.to(device, non_blocking=True)
+        with autocast(device, config):
+            output = (forward or model)(images_last(moved, config))
         if batch is None:
             continue
-        moved = batch.to(device, non_blocking=True)
-        with autocast(device, config):
-            output = model(images_last(moved, config))
         logits = output.logits.float()
         loss += float(task.loss(logits, moved).sum)
         arrays = {"logits": logits, "probabilities": task.probabilities(logits)}
@@ -127,6 +136,24 @@ def selection_score(targets: np.ndarray, probabilities: np.ndarray, metric: str)
             "cannot select a checkpoint; extract more patients or change the split"
         )
     return value
+
+
+def validation_scores(
+    targets: np.ndarray, probabilities: np.ndarray, metric: str
+) -> dict[str, float]:
+    """What a validation line holds: the selection metric first, then the others.
+
+    AUROC, average precision and expected calibration error, each the macro mean over labels.
+
+    Raises:
+        InputError: No label has both classes.
+    """
+    scores = {metric: selection_score(targets, probabilities, metric)}
+    for other in {"auroc", "auprc"} - {metric}:
+        scores[other] = selection_score(targets, probabilities, other)
+    pairs = zip(targets.T, probabilities.T, strict=True)
+    scores["ece"] = float(np.mean([expected_calibration_error(*pair) for pair in pairs]))
+    return scores
 
 
 def _joined(parts: list[dict[str, Any]], classes: int, loss: float) -> Predictions:

@@ -1,6 +1,6 @@
 """How a model lives on its workers. The loop knows only the protocol, never a strategy's name.
 
-`single` and `ddp` hold everything on every worker; sharded strategies fit the same protocol.
+`single` and `ddp` hold everything on every worker; ZeRO (zero.py) shards it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from fusion.model import FusionModel
-    from fusion.training.config import TrainConfig
+    from data.schema import Batch
+    from fusion.model import FusionModel, Output
+    from fusion.training.config import Offload, StrategyName, TrainConfig
     from fusion.training.objective import Objective
     from fusion.training.optim import OptimConfig
 
@@ -38,7 +39,7 @@ class Strategy(Protocol):
     model: FusionModel
     """The model itself, unwrapped."""
     optimizers: list[Optimizer]
-    """One a phase."""
+    """Those whose groups' rates the schedule sets."""
 
     def build(self, factory: Callable[[], FusionModel], config: TrainConfig) -> FusionModel:
         """Build the model on this worker's device."""
@@ -60,8 +61,12 @@ class Strategy(Protocol):
         """The wrapped objective's forward pass."""
         ...
 
-    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """Around one micro-batch; gradients travel with the last one."""
+    def infer(self, batch: Batch) -> Output:
+        """The model's forward pass, for evaluation; every worker runs as many."""
+        ...
+
+    def accumulate(self, phase: int, last: bool) -> AbstractContextManager[Any]:
+        """Around one micro-batch of a phase; its gradients are whole after the last one."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -89,7 +94,7 @@ class Strategy(Protocol):
         ...
 
     def align(self) -> None:
-        """Give every worker the buffers of worker 0, before they are evaluated or saved."""
+        """Give every worker the buffers of worker 0, before they are evaluated."""
         ...
 
     def weights(self, skip: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
@@ -166,7 +171,12 @@ class Single:
         """The wrapped objective's forward pass."""
         return self._wrapped(*inputs)
 
-    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+    def infer(self, batch: Batch) -> Output:
+        """The model's forward pass, for evaluation."""
+        output: Output = self.model(batch)
+        return output
+
+    def accumulate(self, phase: int, last: bool) -> AbstractContextManager[Any]:
         """Nothing travels."""
         return nullcontext()
 
@@ -267,7 +277,7 @@ class DataParallel(Single):
             find_unused_parameters=True,
         )
 
-    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+    def accumulate(self, phase: int, last: bool) -> AbstractContextManager[Any]:
         """Gradients stay here until the last micro-batch."""
         assert isinstance(self._wrapped, nn.parallel.DistributedDataParallel)
         return nullcontext() if last else self._wrapped.no_sync()
@@ -300,15 +310,26 @@ class DataParallel(Single):
             distributed.broadcast(buffer, src=0)
 
 
-STRATEGIES: dict[str, Callable[[torch.device | str], Strategy]] = {
-    "single": Single,
-    "ddp": DataParallel,
-}
+def build_strategy(
+    name: StrategyName, device: torch.device | str, offload: Offload = "none"
+) -> Strategy:
+    """The strategy of that name on this worker's device.
 
+    Args:
+        name: As a run's `scaling.strategy`.
+        device: This worker's.
+        offload: What a ZeRO strategy keeps in the host's memory.
 
-def build_strategy(name: str, device: torch.device | str) -> Strategy:
-    """The strategy of that name on this worker's device."""
-    return STRATEGIES[name](device)
+    Raises:
+        InputError: DeepSpeed cannot work on that device.
+    """
+    if name == "single":
+        return Single(device)
+    if name == "ddp":
+        return DataParallel(device)
+    from fusion.training.zero import Zero
+
+    return Zero(device, stage=int(name[-1]), offload=offload)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

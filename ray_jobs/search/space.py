@@ -10,6 +10,7 @@ space:
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -22,7 +23,6 @@ from ray_jobs.lineage import is_free
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from optuna import Trial
 
@@ -90,6 +90,15 @@ class Distribution(Config):
         values: tuple[Scalar, ...] = self._get(self.kind)
         return values
 
+    def holds(self, value: Scalar) -> bool:
+        """Whether a value is in the range, or listed."""
+        if self.range is None:
+            return value in self.extremes
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        low, high = self.range
+        return low <= value <= high and (self.integer is None or value == int(value))
+
     def suggest(self, trial: Trial, path: str) -> Scalar:
         """Ask an Optuna trial for a value."""
         if self.log is not None:
@@ -131,6 +140,9 @@ class SearchConfig(Config):
     """Trials in all; with the grid sampler, default the whole grid."""
     points: tuple[dict[str, Scalar], ...] = ()
     """Values to try first, by path; what they leave out is proposed."""
+    warm_start: Path | None = None
+    """Folder of an earlier search: its best trials come first, those of their values that are
+    searched here."""
     top: int = Field(default=3, ge=1)
     """Best trials that are trained again."""
     seeds: int = Field(default=3, ge=1)
@@ -172,6 +184,9 @@ class SearchConfig(Config):
             unsearched = sorted(point.keys() - self.space.keys())
             if unsearched:
                 raise ValueError(f"points[{number}]: {unsearched[0]} is not searched")
+            for path, value in point.items():
+                if not self.space[path].holds(value):
+                    raise ValueError(f"points[{number}]: {path}={value!r} is outside of its range")
         return self
 
     def suggest(self, trial: Trial) -> dict[str, Scalar]:
@@ -215,6 +230,8 @@ def load(path: Path, run: RunConfig) -> SearchConfig:
 def _faults(run: RunConfig, path: str, distribution: Distribution) -> list[str]:
     if path == "model.name":
         return ["space.model.name: a search has one model; run one search for each"]
+    if path == "seed":
+        return ["space.seed: the best of many seeds is luck; the winner is trained with several"]
     if is_free(path):
         return [f"space.{path}: it does not change what a run computes; search something else"]
     found = (

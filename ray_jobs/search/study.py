@@ -21,7 +21,7 @@ from data.files import sha256_json
 from ray_jobs.lineage import computed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from optuna.trial import FrozenTrial
@@ -34,7 +34,9 @@ JOURNAL = "journal.log"
 DEFAULT_TRIALS = 20
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 # A search is itself only while these stay; budgets and what follows it may change.
-_IDENTITY = ("space", "metrics", "sampler", "startup_trials", "seed", "pruner", "points")
+_IDENTITY = (
+    "space", "metrics", "sampler", "startup_trials", "seed", "pruner", "points", "warm_start",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,20 @@ class Proposal:
 class Study:
     """The trials of one search, known again after any restart."""
 
-    def __init__(self, search: SearchConfig, run: RunConfig, storage: Path | str) -> None:
+    def __init__(
+        self,
+        search: SearchConfig,
+        run: RunConfig,
+        storage: Path | str,
+        first: Callable[[], Sequence[Mapping[str, Scalar]]] = tuple,
+    ) -> None:
         """Open the study, or begin it.
 
         Args:
             search: With its metrics.
             run: What is searched.
             storage: Folder for a journal file, or a database's URL.
+            first: Asked, where it begins, for points to try after the search's own.
 
         Raises:
             InputError: The storage cannot be reached, or holds another search.
@@ -73,7 +82,7 @@ class Study:
             pruner=_pruner(search),
             load_if_exists=True,
         )
-        self._claim(run, storage)
+        self._claim(run, storage, first)
         self._left = [
             trial.number
             for trial in self.trials
@@ -95,6 +104,11 @@ class Study:
         limit = self.limit
         begun = sum(trial.state != TrialState.WAITING for trial in self.trials)
         return len(self._left) + max(0, limit - begun)
+
+    @property
+    def unfinished(self) -> int:
+        """Trials that are not over yet, begun or not."""
+        return max(0, self.limit - sum(trial.state in FINISHED for trial in self.trials))
 
     @property
     def limit(self) -> int:
@@ -124,8 +138,8 @@ class Study:
             trial.report(value, epoch)
         return trial.should_prune() if self.search.pruner.name != "none" else False
 
-    def complete(self, number: int, values: Mapping[str, float]) -> None:
-        """A trial's end, with its metrics.
+    def complete(self, number: int, values: Mapping[str, float], epoch: int | None = None) -> None:
+        """A trial's end, with the metrics of the weights that it keeps, and their epoch.
 
         Raises:
             InputError: One of the search's metrics is not among them.
@@ -134,6 +148,7 @@ class Study:
             if name not in values:
                 known = ", ".join(sorted(values))
                 raise InputError(f"metrics.{name}: a trial has no such value; it has {known}")
+        self._trial(number).set_user_attr("epoch", epoch)
         self.optuna.tell(number, [values[name] for name in self.search.metrics])
 
     def pruned(self, number: int) -> None:
@@ -170,13 +185,21 @@ class Study:
     def _trial(self, number: int) -> optuna.Trial:
         return optuna.Trial(self.optuna, self.trials[number]._trial_id)
 
-    def _claim(self, run: RunConfig, storage: Path | str) -> None:
+    def _claim(
+        self,
+        run: RunConfig,
+        storage: Path | str,
+        first: Callable[[], Sequence[Mapping[str, Scalar]]],
+    ) -> None:
         mine = _identity(self.search, run)
         theirs = self.optuna.user_attrs.get("identity")
         if theirs is None:
+            # The identity comes last: a driver killed before it has begun nothing.
+            known = [trial.system_attrs.get("fixed_params") for trial in self.trials]
+            for point in _points(self.search, first()):
+                if point not in known:
+                    self.optuna.enqueue_trial(point)
             self.optuna.set_user_attr("identity", mine)
-            for point in _points(self.search):
-                self.optuna.enqueue_trial(point)
             return
         changed = sorted(key for key in mine if mine[key] != theirs.get(key))
         if changed:
@@ -192,8 +215,8 @@ def _identity(search: SearchConfig, run: RunConfig) -> dict[str, str]:
     return {**searched, "run": sha256_json(computed(run))}
 
 
-def _points(search: SearchConfig) -> list[dict[str, Any]]:
-    points: list[dict[str, Any]] = [dict(point) for point in search.points]
+def _points(search: SearchConfig, first: Sequence[Mapping[str, Scalar]]) -> list[dict[str, Any]]:
+    points: list[dict[str, Any]] = [dict(point) for point in (*search.points, *first)]
     if search.sampler != "grid":
         return points
     axes = [[(path, value) for value in each.extremes] for path, each in search.space.items()]

@@ -22,11 +22,13 @@ VERBS = {
     "evaluate",
     "export",
     "import-weights",
+    "plan",
     "predict",
     "report",
     "runs",
     "submit",
     "train",
+    "tune",
 }
 DATA_VERBS = {"synth", "fetch", "plan", "stage", "extract", "describe", "check", "diff"}
 RUNS_VERBS = {"gc", "logs", "ls", "pull", "stop"}

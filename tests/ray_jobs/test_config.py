@@ -91,6 +91,9 @@ def test_everything_wrong_is_reported_at_once_with_its_path(write) -> None:
         ({"name": "../escape"}, "name"),
         ({"train": {"epochs": 2, "min_epochs": 5}}, "train.min_epochs"),
         ({"scaling": {"num_workers": 2, "strategy": "single"}}, "scaling.strategy"),
+        ({"scaling": {"strategy": "zero4"}}, r"scaling\.strategy"),
+        ({"scaling": {"offload": "optimizer"}}, "scaling: offload=optimizer with strategy=ddp"),
+        ({"scaling": {"strategy": "zero2", "offload": "all"}}, "only zero3 shards the parameters"),
         ({"scaling": {"num_workers": [2, 1]}}, r"scaling\.num_workers: needs .*\[fewest, most\]"),
         ({"scaling": {"num_workers": 0}}, r"scaling\.num_workers: needs a number of workers"),
         (

@@ -241,7 +241,8 @@ def test_a_shortage_says_what_is_asked_and_what_is_there(workers, needed, nodes,
 def test_nodes_that_an_autoscaler_may_add_count(monkeypatch, limit, refused):
     import ray
 
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    node = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
     monkeypatch.setattr(capacity, "draining_nodes", set)
     known = ray._private.state.state
     monkeypatch.setattr(known, "get_max_resources_from_cluster_config", lambda: limit)

@@ -137,6 +137,26 @@ def test_a_killed_worker_changes_nothing_in_the_result(make_config):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
+def test_ray_workers_train_alike_under_zero(make_config):
+    changes = {"model__dropout": 0.0, "train__epochs": 2}
+    names = ("ddp", "zero2", "zero3")
+    runs = [train.run(make_config(name, scaling__strategy=name, **changes)) for name in names]
+    plain, *sharded = (
+        [line["values"]["loss"] for line in lines if line["kind"] == "train"]
+        for lines in (metrics_log.read(run / "metrics") for run in runs)
+    )
+    assert len(plain) > 10
+    weights = [read_weights(run / "best")[0] for run in runs]
+    for losses, found in zip(sharded, weights[1:], strict=True):
+        assert losses == pytest.approx(plain, abs=1e-5)
+        assert found.keys() == weights[0].keys()
+        for name, value in weights[0].items():
+            torch.testing.assert_close(found[name], value, atol=1e-4, rtol=0)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_ctrl_c_writes_a_checkpoint_and_the_same_call_goes_on(make_config):
     config = make_config("interrupted", train__epochs=40)
     _when(config.folder, 5, lambda: os.kill(os.getpid(), signal.SIGINT))

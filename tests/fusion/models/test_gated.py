@@ -79,9 +79,9 @@ def test_mmtm_phases_update_their_own_branch_and_the_module(build):
     model = build("mmtm")
     groups = {phase.name: set(phase.parameters) for phase in model.phases}
     assert groups == {
-        "ehr": {"ehr_encoder", "mmtm", "ehr_head"},
-        "cxr": {"cxr_encoder", "mmtm", "cxr_head"},
-        "joint": set(),
+        "ehr": {"ehr_encoder", "mmtm.squeeze", "mmtm.series_gate", "ehr_head"},
+        "cxr": {"cxr_encoder", "mmtm.squeeze", "mmtm.visual_gate", "cxr_head"},
+        "joint": {"ehr_encoder", "cxr_encoder", "mmtm", "joint_projection", "joint_head"},
     }
     assert [phase.terms for phase in model.phases] == [("ehr",), ("cxr",), ("joint",)]
 

@@ -124,6 +124,7 @@ def train_jobs():
         listing.write_text(json.dumps([asdict(job) for job in jobs]))
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+        environment["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
         done = subprocess.run(
             [sys.executable, str(SCRIPT), str(listing), str(codes)],
             env=environment,

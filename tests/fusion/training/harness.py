@@ -7,6 +7,7 @@ conftest.py loads the same file as a module for tests that need one worker only.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -32,7 +33,7 @@ from fusion.training import loop
 from fusion.training.agreed import AgreedError
 from fusion.training.config import CheckpointConfig, TrainConfig
 from fusion.training.optim import OptimConfig
-from fusion.training.strategy import DataParallel, Single
+from fusion.training.strategy import DataParallel, build_strategy
 
 CLASSES = 3
 SPEC = TaskSpec(name="toy", kind="multilabel", labels=("a", "b", "c"))
@@ -114,6 +115,9 @@ class Job:
     write_delay: float = 0.0
     full_disk_at: int | None = None
     strategy: str = "ddp"
+    offload: str = "none"
+    whole_elements: int = 0
+    deaf: bool = False
 
 
 def dataset(rows: int, image_size: int = 4, seed: int = 11, images=(0, 1, 2, 3)) -> list[dict]:
@@ -205,6 +209,27 @@ class LocalCensus(DataParallel):
         return tensor.clone() if len(tensor) > 30 else super().sum(tensor)
 
 
+def deafen(name: str) -> None:
+    """What must not be: no worker hears of the others' gradients."""
+    if name == "ddp":
+        DataParallel.accumulate = lambda self, phase, last: self._wrapped.no_sync()
+    elif name == "zero3":
+        stage3 = importlib.import_module("deepspeed.runtime.zero.stage3")
+
+        def own_part(tensors, group):
+            rank, world = distributed.get_rank(), distributed.get_world_size()
+            flat = [tensor.flatten() for tensor in tensors]
+            padded = [nn.functional.pad(part, (0, -len(part) % world)) for part in flat]
+            return [part.chunk(world)[rank] for part in padded]
+
+        stage3.reduce_scatter_coalesced = own_part
+    else:
+        sharded = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+        sharded.DeepSpeedZeroOptimizer.allreduce_bucket = lambda self, bucket, *_, **__: (
+            self.flatten(bucket)
+        )
+
+
 def factory(job: Job):
     if job.model == "toy":
         return lambda: Toy(**job.options)
@@ -227,10 +252,10 @@ def settings(job: Job) -> loop.Settings:
 
 
 def session(job: Job, rank: int = 0) -> loop.Session:
-    if job.strategy == "single":
-        strategy = Single()
-    else:
-        strategy = LocalCensus() if job.local_census else DataParallel()
+    strategy = (
+        LocalCensus() if job.local_census else build_strategy(job.strategy, "cpu", job.offload)
+    )
+    strategy.persistent_elements = job.whole_elements
     size = 4 if job.model == "toy" else 32
     rows = dataset(job.rows, size, images=job.images)
     if job.poison is not None:
@@ -268,10 +293,12 @@ def _disturb(job: Job, made: loop.Session, rank: int) -> bool:
 
 def run_worker(job: Job, rank: int, store: str) -> None:
     torch.set_num_threads(1)
-    if job.strategy == "ddp":
+    if job.strategy != "single":
         distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=job.world
         )
+    if job.deaf:
+        deafen(job.strategy)
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     made = session(job, rank)
@@ -281,11 +308,19 @@ def run_worker(job: Job, rank: int, store: str) -> None:
     except AgreedError as failure:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         ending, error = "error", str(failure)
-    state = {name: value.clone() for name, value in made.strategy.model.state_dict().items()}
+    state = whole_weights(made.strategy)
     save_file(state, out / f"rank-{rank}.safetensors")
     result = {"ending": ending, "error": error, "progress": made.progress.dump()}
     result["used"] = made.train.used
     (out / f"rank-{rank}.json").write_text(json.dumps({**result, "lines": made.log.lines}))
+
+
+def whole_weights(strategy) -> dict[str, torch.Tensor]:
+    """This worker's weights; those of all workers' shards where they are sharded."""
+    if getattr(strategy, "stage", 0) < 3:
+        return {name: value.clone() for name, value in strategy.model.state_dict().items()}
+    parts = strategy.gather(dict(strategy.weights()))
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def run(job: Job) -> list[int]:
@@ -308,6 +343,11 @@ def run(job: Job) -> list[int]:
 
 def main() -> None:
     jobs = [Job(**job) for job in json.loads(Path(sys.argv[1]).read_text())]
+    if any(job.strategy.startswith("zero") for job in jobs):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        # Seconds of imports: once here, not in each forked worker.
+        importlib.import_module("deepspeed.runtime.zero.stage3")
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     Path(sys.argv[2]).write_text(json.dumps([run(job) for job in jobs]))
 
 

@@ -100,6 +100,11 @@ LR = {"log": [1e-5, 1e-2]}
         ({"space": {"model.lambda1": {"uniform": [-1, 1]}}}, r"space.model.lambda1: .*-1"),
         ({"space": {"model.dropout": {"uniform": [0, 1]}}}, "less than 1"),
         ({"space": {"model.name": {"choice": ["drfuse"]}}}, "one search for each"),
+        ({"space": {"seed": {"int": [0, 9]}}}, "the best of many seeds is luck"),
+        (
+            {"space": {"optim.lr": LR}, "points": [{"optim.lr": 0.5}]},
+            r"points\[0\]: optim.lr=0.5 is outside of its range",
+        ),
         ({"space": {"scaling.num_workers": {"int": [1, 2]}}}, "does not change"),
         ({"space": {"optim.lr": {**LR, "when": {"optim.name": "adam"}}}}, "come first"),
         (
