@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data.config import Config
 
@@ -23,6 +23,23 @@ class ImageTransform(Config):
     """Degrees of shear in training."""
 
 
+class LabColumns(Config):
+    """Which items are the columns of the lab matrix, and how they are scaled to [0, 1]."""
+
+    top: int = Field(default=100, ge=1)
+    """The items with the most admissions of the train split."""
+    clip: tuple[float, float] = (0.005, 0.995)
+    """Quantiles of the train split that values are clipped to; they become 0 and 1."""
+    log_skew: float | None = 2.0
+    """log(1 + x) where the clipped values are skewed by more than this; null never."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LabColumns:
+        if not 0 <= self.clip[0] < self.clip[1] <= 1:
+            raise ValueError(f"clip must be two rising quantiles in [0, 1], but got {self.clip}")
+        return self
+
+
 class BatchConfig(Config):
     """From shards to batches."""
 
@@ -30,6 +47,8 @@ class BatchConfig(Config):
     """Fitted on the train split, or the MIMIC-III statistics all three repositories ship."""
     zero_beyond: float | None = Field(default=None, gt=0)
     """Normalised values beyond +-this become 0 (DrFuse's loader: 10)."""
+    labs: LabColumns = LabColumns()
+    """Columns of the lab matrix (tasks of admissions)."""
     train_rows: Literal["partial", "paired"] = "partial"
     """Train on every row, or only on rows with an image."""
     selection_rows: Literal["partial", "paired"] = "partial"

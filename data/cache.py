@@ -140,8 +140,8 @@ def checked_batches(
 def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
     if pa.types.is_list(expected):
         is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
-        return is_list and found.value_type == expected.value_type
-    if pa.types.is_string(expected):
+        return is_list and _same_type(found.value_type, expected.value_type)
+    if pa.types.is_string(expected) or pa.types.is_large_string(expected):
         return pa.types.is_string(found) or pa.types.is_large_string(found)
     if pa.types.is_binary(expected):
         return pa.types.is_binary(found) or pa.types.is_large_binary(found)

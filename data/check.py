@@ -11,7 +11,7 @@ from data.errors import InputError
 from data.files import sha256_file, sha256_json
 from data.manifest import Manifest
 from data.row_checks import check_rows
-from data.schema import SHARD_SCHEMA
+from data.schema import SCHEMA_VERSION, SHARD_SCHEMA
 from data.shards import load_excluded, missing_classes
 from data.splits import SPLITS
 
@@ -75,6 +75,13 @@ class _Seen:
         self.rows_of: dict[str, int] = dict.fromkeys(SPLITS, 0)
 
 
+def sample_key(stay: object, hadm: object, time: object, dicom: object) -> tuple[object, ...]:
+    """A stay's key is (stay_id, time); an image's its dicom_id; an admission's (hadm_id, time)."""
+    if stay is not None:
+        return ("stay", stay, time)
+    return ("image", dicom) if dicom is not None else ("admission", hadm, time)
+
+
 def _unlisted(out: Path, manifest: Manifest) -> list[str]:
     listed = {file.name for file in manifest.files}
     there = {f"shards/{path.name}" for path in (out / "shards").glob("*.parquet")}
@@ -94,7 +101,7 @@ def _check_file(path: Path, sha256: str, rows: int) -> list[str]:
     if found != rows:
         return [f"{path}: {found} rows, but the manifest says {rows}; extract again"]
     if not schema.equals(SHARD_SCHEMA):
-        return [f"{path}: columns are not those of schema version 1; extract again"]
+        return [f"{path}: columns are not those of schema version {SCHEMA_VERSION}; extract again"]
     return []
 
 
@@ -126,11 +133,11 @@ def _check_labels(batch: pa.RecordBatch, first_row: int, path: Path) -> list[str
 
 
 def _check_subjects(batch: pa.RecordBatch, path: Path, seen: _Seen) -> list[str]:
-    keyed = ["subject_id", "split", "stay_id", "prediction_time", "dicom_id"]
+    keyed = ["subject_id", "split", "stay_id", "hadm_id", "prediction_time", "dicom_id"]
     columns = [batch.column(name).to_pylist() for name in keyed]
     found: dict[str, list[int]] = {}
-    for subject, split, stay, time, dicom in zip(*columns, strict=True):
-        key = (stay, time) if stay is not None else dicom
+    for subject, split, stay, hadm, time, dicom in zip(*columns, strict=True):
+        key = sample_key(stay, hadm, time, dicom)
         faults = {
             "in two splits": seen.split_of.setdefault(subject, split) != split,
             "in two shards": seen.shard_of.setdefault(subject, path.name) != path.name,

@@ -58,7 +58,7 @@ def select_stays(
     Raises:
         InputError: Two different rows of a table have the same key.
     """
-    stays = _unique_rows(tables["icustays"], "icustays", "stay_id", ledger)
+    stays = unique_rows(tables["icustays"], "icustays", "stay_id", ledger)
     stays = ledger.keep(
         stays,
         "no transfer between units",
@@ -82,7 +82,7 @@ def select_stays(
         "Admissions with exactly one remaining ICU stay.",
     )
     adults = ledger.keep(
-        single.with_columns(_age(config).cast(pl.Float64).alias("age")),
+        single.with_columns(age_at("intime", config).cast(pl.Float64).alias("age")),
         "adults",
         "stays",
         pl.col("age") >= MIN_AGE,
@@ -116,7 +116,7 @@ def with_diagnoses(stays: pl.DataFrame, labels: pl.DataFrame, ledger: Ledger) ->
     )
 
 
-def _unique_rows(frame: pl.DataFrame, table: str, key: str, ledger: Ledger) -> pl.DataFrame:
+def unique_rows(frame: pl.DataFrame, table: str, key: str, ledger: Ledger) -> pl.DataFrame:
     """The table with identical rows merged and counted; one key with different rows is refused."""
     distinct = frame.unique()
     if distinct.height < frame.height:
@@ -134,20 +134,20 @@ def _unique_rows(frame: pl.DataFrame, table: str, key: str, ledger: Ledger) -> p
 def _with_admission(
     stays: pl.DataFrame, tables: Mapping[str, pl.DataFrame], ledger: Ledger
 ) -> pl.DataFrame:
-    admissions = _unique_rows(tables["admissions"], "admissions", "hadm_id", ledger).select(
+    admissions = unique_rows(tables["admissions"], "admissions", "hadm_id", ledger).select(
         "subject_id", "hadm_id", "admittime", "dischtime", "deathtime"
     )
-    patients = _unique_rows(tables["patients"], "patients", "subject_id", ledger)
+    patients = unique_rows(tables["patients"], "patients", "subject_id", ledger)
     return stays.join(admissions, on=["subject_id", "hadm_id"]).join(patients, on="subject_id")
 
 
-def _age(config: ExtractConfig) -> pl.Expr:
-    """Years at admission to the unit: from the date of birth (MIMIC-III), or the anchor (IV)."""
-    days = (pl.col("intime") - pl.col("dob")).dt.total_microseconds() / _US_PER_DAY
+def age_at(time: str, config: ExtractConfig) -> pl.Expr:
+    """Years at a column of times: from the date of birth (MIMIC-III), or the anchor (IV)."""
+    days = (pl.col(time) - pl.col("dob")).dt.total_microseconds() / _US_PER_DAY
     years = days / _DAYS_PER_YEAR
     anchor = pl.col("anchor_age")
     if config.age == "admission":
-        anchor = anchor + pl.col("intime").dt.year() - pl.col("anchor_year")
+        anchor = anchor + pl.col(time).dt.year() - pl.col("anchor_year")
     born = pl.when(years > 2 * _MASKED_AGE).then(_MASKED_AGE).otherwise(years)
     return pl.when(pl.col("dob").is_not_null()).then(born).otherwise(anchor)
 

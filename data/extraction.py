@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from data.admissions import admission_samples
 from data.cleaning import clean
 from data.cohort import select_stays, with_diagnoses
 from data.duplicates import Points, one_per_time
@@ -19,6 +20,7 @@ from data.pairing import image_sample_schema, pair_images, radiology_samples
 from data.schema import N_CHANNELS
 from data.series import EPSILON, bin_count, discretise
 from data.sources.canonical import TABLES
+from data.sources.meds import canonical_tables
 from data.splits import assign_split
 
 if TYPE_CHECKING:
@@ -34,7 +36,17 @@ if TYPE_CHECKING:
 _US_PER_HOUR: Final = 3_600_000_000
 _TOLERANCE_US: Final = round(EPSILON * _US_PER_HOUR)
 
-_MAY_BE_ABSENT: Final = ("cxr", "icd_dictionary")
+_MAY_BE_ABSENT: Final = (
+    "cxr",
+    "icd_dictionary",
+    "lab_names",
+    "notes",
+    "labs",
+    "given_splits",
+    "meds",
+)
+_ORDER: Final = ("subject_id", "stay_id", "dicom_id", "hadm_id")
+_OF_STAYS: Final = ("icustays", "events")
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class PartitionResult:
 
     Attributes:
         samples: The columns of SHARD_SCHEMA but `cxr`, plus `path` of the image (null without).
-            Sorted by (subject_id, stay_id, dicom_id), so that it does not depend on row order.
+            Sorted by subject_id, stay_id, dicom_id and hadm_id: independent of the rows' order.
         flow: Each rule in order, also those that removed nothing.
         quarantine: Rows set aside.
         counters: Counted repairs.
@@ -65,7 +77,7 @@ def extract_partition(
     Args:
         tables: Canonical tables (data.sources.canonical) by name. Columns that a release lacks may
             be absent; `cxr` and `icd_dictionary` may be absent tables.
-        task: What is predicted.
+        task: What is predicted, with the labels that `data.code_lists.labelled_spec` gives it.
         config: The data switches.
 
     Raises:
@@ -74,8 +86,13 @@ def extract_partition(
     if task.unit == "image":
         images = radiology_samples(_conform(tables, "cxr"), config)
         return PartitionResult(samples=_ordered(images.samples), flow=images.flow)
-    canonical = {name: _conform(tables, name) for name in TABLES if name in tables}
     ledger = Ledger()
+    if task.unit == "admission":
+        whole = {name: _conform(tables, name) for name in TABLES if name not in _OF_STAYS}
+        if whole["meds"].height:
+            whole |= canonical_tables(whole["meds"], config.admissions.meds)
+        return _result(admission_samples(whole, task, config, ledger), ledger)
+    canonical = {name: _conform(tables, name) for name in TABLES if name in tables}
     stays = eligible_stays(canonical, task, config, ledger)
     rows = known_events(canonical["events"], stays, config, ledger)
     points = one_per_time(clean(rows, config, ledger), config, ledger)
@@ -85,6 +102,10 @@ def extract_partition(
         paired = pair_images(with_series, _conform(tables, "cxr"), task, config)
         ledger.flow.extend(paired.flow)
         samples = samples.join(paired.images, on="stay_id", how="left")
+    return _result(samples, ledger)
+
+
+def _result(samples: pl.DataFrame, ledger: Ledger) -> PartitionResult:
     return PartitionResult(
         samples=_ordered(samples),
         flow=ledger.flow,
@@ -290,4 +311,4 @@ def _ordered(samples: pl.DataFrame) -> pl.DataFrame:
         if column not in samples.columns
     ]
     columns = [pl.col(column).cast(kind) for column, kind in schema.items()]
-    return samples.with_columns(missing).select(columns).sort("subject_id", "stay_id", "dicom_id")
+    return samples.with_columns(missing).select(columns).sort(*_ORDER)

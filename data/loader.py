@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from data.clinical_batch import with_clinical
 from data.collate import to_batch
 from data.decoding import DecodingPool, Recipe, Share
 from data.errors import InputError
+from data.lab_scaler import fitted as fitted_labs
 from data.normalise import normalizer_for
 from data.plan import SamplePlan, blocks_of, select_rows, split_evenly, withheld
 from data.reader import ShardReader
+from data.tasks import task_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +55,9 @@ class BatchLoader:
             reader.folder, config.cache_dir, config, normalizer, train=train, seed=seed
         )
         self._pool: DecodingPool | None = None
+        self._clinical = task_spec(reader.manifest.task).unit == "admission"
+        scaled = self._clinical and bool(reader.has_labs.any())
+        self._labs = fitted_labs(reader, config.labs) if scaled else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -79,7 +85,8 @@ class BatchLoader:
         return Share(rows[part], epoch, mask[part])
 
     def _finish(self, packed: PackedBatch) -> Batch:
-        return to_batch(packed, self.reader)
+        batch = to_batch(packed, self.reader)
+        return with_clinical(batch, self.reader, self._labs) if self._clinical else batch
 
     def close(self) -> None:
         """End the decoding processes; a later epoch starts them again."""

@@ -89,9 +89,11 @@ class Manifest(Config):
             value = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{path}: not valid JSON ({error}); extract again") from None
-        if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
+        found = value.get("schema_version") if isinstance(value, dict) else None
+        if found != SCHEMA_VERSION:
+            older = f"of schema version {found}, " if isinstance(found, int) else ""
             raise InputError(
-                f"{path}: not a manifest of schema version {SCHEMA_VERSION}; extract again"
+                f"{path}: {older}not a manifest of schema version {SCHEMA_VERSION}; extract again"
             )
         try:
             return cls.model_validate(value)

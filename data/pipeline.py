@@ -15,26 +15,23 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from data.admission_stage import ingest_admissions, ingest_meds
+from data.code_lists import labelled_spec
 from data.errors import InputError
-from data.estimate import choose_partitions
 from data.extraction import extract_partition
 from data.files import sha256_json, write_json
 from data.flow import merge_quarantine
 from data.images import ImageCache, prepare_images
 from data.manifest import Manifest
+from data.opening import open_sources, partitions_of
 from data.schema import SCHEMA_VERSION
 from data.shards import PartitionRecord, assemble, finish_samples, write_excluded, write_shard
-from data.sources.marker import SUFFIX
-from data.sources.mimic_cxr import find_tables, read_mimic_cxr
-from data.sources.notes import find_notes, read_notes
-from data.sources.release import open_release, open_table
+from data.sources.meds import Meds
+from data.sources.release import Release
 from data.stage import (
     Stage,
     StagedFile,
-    event_files,
     ingest,
-    is_staged,
-    load_stage,
     load_tables,
     named_full_disk,
     publish,
@@ -46,41 +43,11 @@ from data.tasks import task_spec
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from data.sources.mimic_cxr import CxrSource
-    from data.sources.release import Release
+    from data.opening import Opened
     from data.switches import ExtractConfig, Sources
     from data.tasks import TaskSpec
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """The sources of one extraction, found and checked.
-
-    Attributes:
-        ehr: Raw tables, staged ones, or none (images alone).
-        ehr_folder: Where they lie.
-        cxr: The image tables, or none.
-        cxr_folder: Where the images lie.
-        hashes: Name of each source -> hash, for the manifest.
-    """
-
-    ehr: Release | Stage | None
-    ehr_folder: Path | None
-    cxr: CxrSource | None
-    cxr_folder: Path | None
-    hashes: dict[str, str]
-
-    @property
-    def release(self) -> str:
-        """Of the tables; of the images too where they alone are invented, so that it is seen."""
-        images = self.cxr.release if self.cxr is not None else ""
-        if self.ehr is None:
-            return images
-        tables = self.ehr.release if isinstance(self.ehr, Stage) else self.ehr.name
-        alone = images.endswith(SUFFIX) and not tables.endswith(SUFFIX)
-        return f"{tables}+{images}" if alone else tables
 
 
 @dataclass(frozen=True)
@@ -94,6 +61,11 @@ class _Job:
     staged_folder: Path
     cxr_files: tuple[StagedFile, ...]
     cxr_folder: Path | None
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The task with the labels of this extraction."""
+        return labelled_spec(task_spec(self.task), self.config.admissions)
 
 
 def extract(
@@ -113,10 +85,11 @@ def extract(
     Raises:
         InputError: A fault of the sources or of `out`, or a cohort that a rule left empty.
     """
-    spec = task_spec(task)
+    config = _with_absolute_labels(config)
+    spec = labelled_spec(task_spec(task), config.admissions)
     out = out.absolute()
-    opened = _open(_absolute(sources), spec)
-    partitions = _partitions(opened, config)
+    opened = open_sources(_absolute(sources), spec, config)
+    partitions = partitions_of(opened, config)
     config = config.model_copy(update={"partitions": partitions})
     described = {
         "schema": SCHEMA_VERSION,
@@ -155,6 +128,15 @@ def _absolute(sources: Sources) -> Sources:
     return sources.model_copy(update=folders)
 
 
+def _with_absolute_labels(config: ExtractConfig) -> ExtractConfig:
+    """Workers may run in another folder."""
+    path = config.admissions.label_file
+    if path is None:
+        return config
+    settings = config.admissions.model_copy(update={"label_file": path.absolute()})
+    return config.model_copy(update={"admissions": settings})
+
+
 def _finished(out: Path, described: dict[str, Any]) -> Manifest:
     """The manifest of an output that is already there, if it is the one asked for."""
     manifest = Manifest.load(out)
@@ -175,65 +157,15 @@ def _finished(out: Path, described: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _open(sources: Sources, spec: TaskSpec) -> _Opened:
-    folder = sources.mimic_iv if sources.mimic_iv is not None else sources.mimic_iii
-    wants_images = "cxr" in spec.modalities and sources.mimic_cxr is not None
-    if spec.unit == "stay" and folder is None:
-        raise InputError(f"task {spec.name} needs --mimic-iv or --mimic-iii; give one of them")
-    if spec.unit == "image" and not wants_images:
-        raise InputError(f"task {spec.name} is made of images; give --mimic-cxr")
-    if sources.notes is not None:
-        _check_notes(sources.notes, spec)
-    hashes: dict[str, str] = {}
-    ehr = None
-    if folder is not None:
-        ehr = load_stage(folder) if is_staged(folder) else open_release(folder)
-        family = ehr.release if isinstance(ehr, Stage) else ehr.name
-        _require_family(folder, family, "mimic-iv" if sources.mimic_iv else "mimic-iii")
-        hashes["mimic_iv" if sources.mimic_iv else "mimic_iii"] = ehr.fingerprint
-    cxr = None
-    if wants_images and sources.mimic_cxr is not None:
-        _, tables = find_tables(sources.mimic_cxr)
-        prints = [open_table(name, path).fingerprint() for name, path in sorted(tables.items())]
-        hashes["mimic_cxr"] = sha256_json(prints)
-        cxr = read_mimic_cxr(sources.mimic_cxr)
-    return _Opened(ehr, folder, cxr, sources.mimic_cxr, hashes)
-
-
-def _check_notes(folder: Path, spec: TaskSpec) -> None:
-    """Find the tables of notes and read the start of each: no task takes anything from them yet."""
-    found = find_notes(folder)
-    for file in found:
-        next(read_notes(file), None)
-    tables = ", ".join(file.table for file in found)
-    logger.warning("notes: %s found and readable, but task %s uses none of it", tables, spec.name)
-
-
-def _require_family(folder: Path, release: str, family: str) -> None:
-    if not release.startswith(f"{family}-"):
-        right = "--mimic-iii" if family == "mimic-iv" else "--mimic-iv"
-        raise InputError(f"{folder}: holds {release}; give it as {right}")
-
-
-def _partitions(opened: _Opened, config: ExtractConfig) -> int:
-    if isinstance(opened.ehr, Stage):
-        if config.partitions not in (0, opened.ehr.partitions):
-            raise InputError(
-                f"{opened.ehr_folder}: staged in {opened.ehr.partitions} partitions, but "
-                f"partitions={config.partitions}; leave that switch out or stage again"
-            )
-        return opened.ehr.partitions
-    if config.partitions:
-        return config.partitions
-    files = event_files(opened.ehr) if opened.ehr is not None else {}
-    images = opened.cxr.table.height if opened.cxr is not None else 0
-    return choose_partitions(files, images if not files else 0)
-
-
-def _prepare(opened: _Opened, spec: TaskSpec, config: ExtractConfig, work: Path) -> _Job:
+def _prepare(opened: Opened, spec: TaskSpec, config: ExtractConfig, work: Path) -> _Job:
     """Bring every source into partitions; what an earlier attempt finished is kept."""
     staged_folder = work
-    if spec.unit == "image" or opened.ehr is None:
+    if isinstance(opened.ehr, Meds):
+        codes = config.admissions.meds
+        staged = ingest_meds(opened.ehr, codes, work, config.partitions)
+    elif spec.unit == "admission" and isinstance(opened.ehr, Release):
+        staged = ingest_admissions(opened.ehr, opened.notes, work, config.partitions)
+    elif spec.unit == "image" or opened.ehr is None:
         staged = Stage(
             release=opened.release,
             fingerprint="",
@@ -306,7 +238,8 @@ def extract_one(number: int, job: _Job) -> PartitionRecord:
     tables = load_tables(job.staged_folder, files)
     cxr = [file for file in job.cxr_files if file.partition == number]
     tables["cxr"] = load_tables(job.work, cxr)["cxr"]
-    result = extract_partition(tables, task_spec(job.task), job.config)
+    spec = job.spec
+    result = extract_partition(tables, spec, job.config)
     samples = result.samples
     requests = samples.select("dicom_id", "path").drop_nulls().unique(maintain_order=True).rows()
     prepared = prepare_images(
@@ -315,8 +248,8 @@ def extract_one(number: int, job: _Job) -> PartitionRecord:
         job.config.image_short_side,
         ImageCache(job.work / "images"),
     )
-    finished = finish_samples(samples, prepared.images, task_spec(job.task))
-    record = write_shard(job.work, number, finished, task_spec(job.task))
+    finished = finish_samples(samples, prepared.images, spec)
+    record = write_shard(job.work, number, finished, spec)
     record = record.model_copy(
         update={
             "flow": (*result.flow, *finished.flow),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +49,23 @@ class Series:
     lengths: Rows
 
 
+@dataclass(frozen=True)
+class LabValues:
+    """The laboratory results of some rows, one after the other.
+
+    Attributes:
+        items: N items.
+        units: N units.
+        values: [N] float32, before scaling.
+        lengths: [B] int64; 0 for a row without labs. They sum to N.
+    """
+
+    items: list[str]
+    units: list[str]
+    values: NDArray[np.float32]
+    lengths: Rows
+
+
 class _Chunk:
     """Views of one record batch of the mapped cache; nothing is copied."""
 
@@ -59,6 +76,7 @@ class _Chunk:
         self._value_offsets = series.offsets.to_numpy()
         self._mask_offsets = masks.offsets.to_numpy()
         self._images = batch.column("cxr")
+        self._batch = batch
 
     def series(self, row: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         first, mask_first = int(self._value_offsets[row]), int(self._mask_offsets[row])
@@ -67,6 +85,9 @@ class _Chunk:
 
     def image(self, row: int) -> bytes:
         return self._images[row].as_py()
+
+    def value(self, column: str, row: int) -> Any:
+        return self._batch.column(column)[row].as_py()
 
 
 class ShardReader:
@@ -78,7 +99,7 @@ class ShardReader:
         folder: The shard folder.
         manifest: Its manifest.
         lengths: [N] int64, bins of each row's series, 0 without one.
-        has_ehr, has_cxr: [N] bool.
+        has_ehr, has_cxr, has_notes, has_labs: [N] bool.
         labels: [N, C] float32.
         cxr_labels: [N, 14] float32, zeros where a row has none.
     """
@@ -147,6 +168,31 @@ class ShardReader:
         chunk, index = self._locate(row)
         return chunk.image(index)
 
+    def notes(self, rows: Rows) -> list[str | None]:
+        """The kept note of each row, None without one."""
+        return [self._value("notes", row) for row in rows.tolist()]
+
+    def lab_texts(self, rows: Rows) -> list[str | None]:
+        """The sentence of each row's abnormal results, None without any."""
+        return [self._value("lab_text", row) for row in rows.tolist()]
+
+    def lab_values(self, rows: Rows) -> LabValues:
+        """The results of each row by item, before scaling."""
+        columns = ("lab_items", "lab_units", "labs")
+        items, units, values = (
+            [self._value(column, row) or [] for row in rows.tolist()] for column in columns
+        )
+        return LabValues(
+            [item for of_row in items for item in of_row],
+            [unit for of_row in units for unit in of_row],
+            np.array([value for of_row in values for value in of_row], np.float32),
+            np.array([len(of_row) for of_row in values], np.int64),
+        )
+
+    def _value(self, column: str, row: int) -> Any:
+        chunk, index = self._locate(row)
+        return chunk.value(column, index)
+
     def _locate(self, row: int) -> tuple[_Chunk, int]:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._chunks[number], row - int(self._starts[number])
@@ -160,6 +206,8 @@ class ShardReader:
         self.lengths = bins.fill_null(0).to_numpy().astype(np.int64) // N_CHANNELS
         self.has_ehr = table["ehr"].is_valid().to_numpy()
         self.has_cxr = table["cxr"].is_valid().to_numpy()
+        self.has_notes = table["notes"].is_valid().to_numpy()
+        self.has_labs = table["labs"].is_valid().to_numpy()
         self.labels = _matrix(table["labels"], len(self.manifest.labels))
         self.cxr_labels = _matrix(table["cxr_labels"], len(CHEXPERT_LABELS))
         self._splits = np.array(table["split"].to_pylist(), dtype=object)

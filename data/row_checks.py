@@ -42,7 +42,7 @@ def check_rows(batch: pa.RecordBatch, first_row: int, place: Path, n_labels: int
             row = first_row + int(np.argmax(bad))
             raise InputError(f"{place}: row {row}, column {column}: {why}; extract again")
 
-    for modality in ("ehr", "cxr"):
+    for modality in ("ehr", "cxr", "notes", "labs"):
         _check_known(batch, modality, refuse)
     lengths = _lengths(batch.column("ehr"))
     refuse(
@@ -60,11 +60,11 @@ def check_rows(batch: pa.RecordBatch, first_row: int, place: Path, n_labels: int
         "cxr_labels",
         f"not {len(CHEXPERT_LABELS)} labels",
     )
-    refuse(
-        _null(batch.column("ehr")) & _null(batch.column("cxr")),
-        "ehr",
-        "neither a series nor an image",
-    )
+    _check_labs(batch, refuse)
+    nothing = np.ones(batch.num_rows, bool)
+    for modality in ("ehr", "cxr", "notes", "labs"):
+        nothing &= _null(batch.column(modality))
+    refuse(nothing, "ehr", "neither a series nor an image, a note or labs")
 
 
 def _check_known(batch: pa.RecordBatch, modality: str, refuse: Refuse) -> None:
@@ -77,7 +77,7 @@ def _check_known(batch: pa.RecordBatch, modality: str, refuse: Refuse) -> None:
     column = f"{modality}_available_at"
     late = pc.fill_null(pc.greater(available, prediction), False)
     refuse(present & late.to_numpy(zero_copy_only=False), column, "later than prediction_time")
-    if modality == "cxr":
+    if modality != "ehr":
         refuse(present & _null(available) & ~_null(prediction), column, "null")
         return
     refuse(present & _null(prediction), "prediction_time", "null beside a series")
@@ -102,6 +102,18 @@ def _check_values(batch: pa.RecordBatch, lengths: NDArray[np.int64], refuse: Ref
     ):
         rows = row_of[bad.any(axis=1)]
         refuse(np.bincount(rows, minlength=len(lengths)) > 0, column, why)
+
+
+def _check_labs(batch: pa.RecordBatch, refuse: Refuse) -> None:
+    """Items, numbers and units of a row belong together; an unobserved item is not listed."""
+    lengths = _lengths(batch.column("labs"))
+    for column in ("lab_items", "lab_units"):
+        refuse(lengths != _lengths(batch.column(column)), column, "not one for each of labs")
+    refuse(lengths == 0, "labs", "an empty list (absent labs are null)")
+    row_of = np.repeat(np.arange(len(lengths)), np.maximum(lengths, 0))
+    values = batch.column("labs").flatten().to_numpy(zero_copy_only=False)
+    bad = row_of[~np.isfinite(values)]
+    refuse(np.bincount(bad, minlength=len(lengths)) > 0, "labs", "a value that is not finite")
 
 
 def _null(column: pa.Array) -> NDArray[np.bool_]:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1: series and images; 2: notes and labs beside them."""
 
 MODALITIES = ("ehr", "cxr", "notes", "labs", "codes")
 
@@ -145,15 +146,44 @@ SHARD_SCHEMA = pa.schema(
         pa.field("dicom_id", pa.string()),
         pa.field("cxr_available_at", _TIME),
         pa.field("cxr_labels", pa.list_(pa.float32())),
+        # The kept sections of the note, headers included; never in a message.
+        pa.field("notes", pa.large_string()),
+        pa.field("notes_available_at", _TIME),
+        # Results by item, as numbers before any scaling; a run chooses its items (data.lab_scaler).
+        pa.field("lab_items", pa.list_(pa.string())),
+        pa.field("labs", pa.list_(pa.float32())),
+        pa.field("lab_units", pa.list_(pa.string())),
+        # The abnormal ones as a sentence; null where none is.
+        pa.field("lab_text", pa.large_string()),
+        pa.field("labs_available_at", _TIME),
         pa.field("labels", pa.list_(pa.float32()), nullable=False),
     ]
 )
 """One row is one sample, in shards/part-*.parquet; a null modality is absent.
 
-A stay's key is (stay_id, prediction_time). For the image unit the key is dicom_id, `ehr` is null
-and stay_id may be null. `*_available_at` is the latest time at which anything used of that
+A stay's key is (stay_id, prediction_time), an admission's (hadm_id, prediction_time), with stay_id
+and `ehr` null. For the image unit the key is dicom_id, `ehr` is null and stay_id may be null.
+`*_available_at` is the latest time at which anything used of that
 modality was known; the reader refuses a row where it is later than prediction_time.
 """
+
+
+def _no_index() -> torch.Tensor:
+    import torch
+
+    return torch.empty(0, dtype=torch.int64)
+
+
+def _no_labs() -> torch.Tensor:
+    import torch
+
+    return torch.empty(0, 0)
+
+
+def _no_labs_observed() -> torch.Tensor:
+    import torch
+
+    return torch.empty(0, 0, dtype=torch.bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +199,11 @@ class Batch:
         targets: [B, C] float32.
         cxr_targets: [P, 14] float32, CheXpert labels of the images (zeros where unlabelled).
         rows: [B] int64, the row's index in its manifest: the key of predictions and audits.
+        notes: N texts, only of the rows that have one, in the rows' order; a tokenizer comes later.
+        notes_index: [N] int64, the row of each note.
+        lab_texts: B sentences of abnormal results, empty where there is none; () without labs.
+        labs: [B, K] float32, scaled, zero where unobserved; [B, 0] or [0, 0] without labs.
+        labs_observed: [B, K] bool, True = observed.
     """
 
     ehr: torch.Tensor
@@ -179,6 +214,11 @@ class Batch:
     targets: torch.Tensor
     cxr_targets: torch.Tensor
     rows: np.ndarray = field(repr=False)
+    notes: tuple[str, ...] = field(default=(), repr=False)
+    notes_index: torch.Tensor = field(default_factory=_no_index)
+    lab_texts: tuple[str, ...] = field(default=(), repr=False)
+    labs: torch.Tensor = field(default_factory=_no_labs)
+    labs_observed: torch.Tensor = field(default_factory=_no_labs_observed)
 
     def __len__(self) -> int:
         """The number of rows B."""
@@ -199,17 +239,36 @@ class Batch:
             present={name: move(mask) for name, mask in self.present.items()},
             targets=move(self.targets),
             cxr_targets=move(self.cxr_targets),
+            notes_index=move(self.notes_index),
+            labs=move(self.labs),
+            labs_observed=move(self.labs_observed),
         )
 
     def without(self, modality: str, rows: torch.Tensor) -> Batch:
         """The same rows with one modality withheld where `rows` ([B] bool) is True."""
         present = self.present[modality] & ~rows
+        fewer = replace(self, present={**self.present, modality: present})
+        if modality == "notes":
+            kept = present[self.notes_index]
+            texts = zip(self.notes, kept.tolist(), strict=True)
+            return replace(
+                fewer,
+                notes=tuple(text for text, stays in texts if stays),
+                notes_index=self.notes_index[kept],
+            )
+        if modality == "labs" and len(self.labs):
+            sentences = zip(self.lab_texts, present.tolist(), strict=True)
+            return replace(
+                fewer,
+                labs=self.labs * present[:, None],
+                labs_observed=self.labs_observed & present[:, None],
+                lab_texts=tuple(text if stays else "" for text, stays in sentences),
+            )
         if modality != "cxr":
-            return replace(self, present={**self.present, modality: present})
+            return fewer
         kept = present[self.cxr_index]
         return replace(
-            self,
-            present={**self.present, modality: present},
+            fewer,
             cxr=self.cxr[kept],
             cxr_index=self.cxr_index[kept],
             cxr_targets=self.cxr_targets[kept],

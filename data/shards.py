@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 EXCLUDED = "excluded.parquet"
 EXCLUDED_SCHEMA = {"stay_id": pl.Int64(), "rule": pl.String()}
 _ROW_GROUP = 1024
+KINDS = ("ehr", "cxr", "ehr+cxr", "notes", "labs", "notes+labs")
+"""Combinations of modalities that a manifest counts."""
 _OF_IMAGE = ("dicom_id", "cxr_available_at", "cxr_labels")
 
 
@@ -118,7 +120,8 @@ def write_shard(
         with atomic_path(folder / name) as temporary:
             pq.write_table(table, temporary, compression="zstd", row_group_size=_ROW_GROUP)
         sha256 = sha256_file(folder / name)
-    frame = pl.DataFrame(table.select(["split", "ehr", "dicom_id", "labels"]))
+    shown = ["split", "ehr", "dicom_id", "notes_available_at", "labs_available_at", "labels"]
+    frame = pl.DataFrame(table.select(shown))
     of_split = {name: frame.filter(pl.col("split") == name) for name in SPLITS}
     return PartitionRecord(
         name=name,
@@ -128,7 +131,7 @@ def write_shard(
         positives={
             name: _label_sums(part["labels"], len(task.labels)) for name, part in of_split.items()
         },
-        overlap={name: _overlap(part) for name, part in of_split.items()},
+        overlap={name: _overlap(part, task) for name, part in of_split.items()},
     )
 
 
@@ -138,9 +141,21 @@ def _label_sums(labels: pl.Series, width: int) -> tuple[float, ...]:
     return tuple(labels.list.to_array(width).to_numpy().sum(axis=0, dtype=float).tolist())
 
 
-def _overlap(part: pl.DataFrame) -> dict[str, int]:
-    ehr, cxr = part["ehr"].is_not_null(), part["dicom_id"].is_not_null()
-    return {"ehr": int(ehr.sum()), "cxr": int(cxr.sum()), "ehr+cxr": int((ehr & cxr).sum())}
+def overlap_kinds(task: TaskSpec) -> tuple[str, ...]:
+    """What is counted for a task: a stay's series and image, or an admission's notes and labs."""
+    return KINDS[3:] if task.unit == "admission" else KINDS[:3]
+
+
+def _overlap(part: pl.DataFrame, task: TaskSpec) -> dict[str, int]:
+    column = {"cxr": "dicom_id", "notes": "notes_available_at", "labs": "labs_available_at"}
+    counts = {}
+    for kind in overlap_kinds(task):
+        held = [part[column.get(name, name)].is_not_null() for name in kind.split("+")]
+        both = held[0]
+        for other in held[1:]:
+            both = both & other
+        counts[kind] = int(both.sum())
+    return counts
 
 
 def write_excluded(folder: Path, records: Sequence[PartitionRecord]) -> str:
@@ -223,7 +238,7 @@ def assemble(
         "overlap": {
             name: {
                 kind: sum(record.overlap[name][kind] for record in records)
-                for kind in ("ehr", "cxr", "ehr+cxr")
+                for kind in overlap_kinds(task)
             }
             for name in SPLITS
         },
@@ -248,7 +263,7 @@ def _read_steps(staged: Stage) -> list[FlowStep]:
 
 def _why_empty(flow: Sequence[FlowStep]) -> str:
     for step in flow:
-        if step.rows_in and not step.rows_out and step.unit in ("stays", "images"):
+        if step.rows_in and not step.rows_out and step.unit in ("stays", "images", "admissions"):
             return (
                 f"empty cohort: the rule {step.rule!r} left none of {step.rows_in} {step.unit} "
                 f"({step.why}); change its switch or check the sources"

@@ -41,7 +41,7 @@ STAGE_FILE: Final = "stage.json"
 STAGE_VERSION: Final = 1
 _FLUSH_ROWS: Final = 1 << 20
 _WHOLE: Final = ("patients", "admissions", "icustays")
-_UNPARTITIONED: Final = "icd_dictionary"
+_UNPARTITIONED: Final = ("icd_dictionary", "lab_names")
 
 
 class StagedFile(Config):
@@ -203,13 +203,13 @@ def ingest(release: Release, folder: Path, partitions: int) -> Stage:
     """
     whole = [spec for spec in release.specs if spec.table in _WHOLE]
     rest = [spec for spec in release.specs if spec.table not in _WHOLE]
-    tables = [_ingest_table(release, spec, folder, partitions, None) for spec in whole]
+    tables = [ingest_table(release, spec, folder, partitions, None) for spec in whole]
     stays = next(table for table in tables if table.table == "icustays")
     subjects = _subjects(folder, stays)
     threads = max(1, min(3, (os.cpu_count() or 1) // 4))
     with ThreadPoolExecutor(threads) as pool:
         passes = [
-            pool.submit(_ingest_table, release, spec, folder, partitions, subjects) for spec in rest
+            pool.submit(ingest_table, release, spec, folder, partitions, subjects) for spec in rest
         ]
         try:
             tables += [one.result() for one in passes]
@@ -231,9 +231,14 @@ def _subjects(folder: Path, stays: StagedTable) -> pl.Series:
     return pl.concat([empty, *frames])["subject_id"].unique().sort()
 
 
-def _ingest_table(
+def ingest_table(
     release: Release, spec: TableSpec, folder: Path, partitions: int, subjects: pl.Series | None
 ) -> StagedTable:
+    """One pass over a raw table of a release; a finished one is kept.
+
+    Raises:
+        InputError: A fault of the table.
+    """
     record = folder / "records" / f"table-{spec.table}.json"
     if record.is_file():
         logger.info("%s: already read", spec.table)
@@ -251,7 +256,7 @@ def _ingest_table(
         frames = reader.frames()
     target = folder / "tables" / spec.table
     shutil.rmtree(target, ignore_errors=True)
-    parts = None if spec.into == _UNPARTITIONED else partitions
+    parts = None if spec.into in _UNPARTITIONED else partitions
     files = tuple(write_partitions(frames, target, folder, spec.into, parts))
     table = StagedTable(
         table=spec.table,

@@ -24,11 +24,14 @@ class Sources(Config):
     """Folder of MIMIC-CXR-JPG 2.0/2.1, or of a flat resized copy beside its tables."""
     notes: Path | None = None
     """Folder of MIMIC-IV-Note, or of MIMIC-III's NOTEEVENTS."""
+    meds: Path | None = None
+    """Folder of a MEDS dataset: any hospital's, for tasks whose sample is an admission."""
 
     @model_validator(mode="after")
     def _one_release(self) -> Sources:
-        if self.mimic_iv is not None and self.mimic_iii is not None:
-            raise ValueError("mimic_iv and mimic_iii are both set: a cohort comes from one of them")
+        given = [name for name in ("mimic_iv", "mimic_iii", "meds") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both set: a cohort comes from one of them")
         return self
 
 
@@ -49,6 +52,63 @@ class Split(Config):
         if (self.val_subjects is None) != (self.test_subjects is None):
             raise ValueError("val_subjects and test_subjects are given together or not at all")
         return self
+
+
+class MedsCodes(Config):
+    """How the codes of a MEDS dataset begin; the defaults are those of the MIMIC-IV conversion."""
+
+    admission: str = "HOSPITAL_ADMISSION"
+    discharge: str = "HOSPITAL_DISCHARGE"
+    diagnosis_icd9: str = "DIAGNOSIS//ICD//9//"
+    """What follows is the code."""
+    diagnosis_icd10: str = "DIAGNOSIS//ICD//10//"
+    lab: str = "LAB//"
+    """What follows is the item and, after `//`, its unit."""
+    note: str = "NOTE//"
+    """What follows is the kind of note; the text is in text_value."""
+    discharge_note: str = "Discharge summary"
+    """The kind of note that is used."""
+    sex: str = "GENDER//"
+    """What follows is M or F."""
+    birth: str = "MEDS_BIRTH"
+    days_after: int = Field(default=7, ge=0)
+    """Without hadm_id: a diagnosis or note this long after a discharge still belongs to it."""
+
+
+class AdmissionConfig(Config):
+    """Which admissions are samples, and what is read of their notes, labs and diagnoses."""
+
+    min_age: int = Field(default=18, ge=0)
+    min_visits: int = Field(default=2, ge=1)
+    """Admissions that a patient must have."""
+    target_visits: Literal["all", "from_second"] = "all"
+    label_scope: Literal["admission", "patient_union"] = "admission"
+    """`patient_union`: every admission carries the labels of all the patient's admissions."""
+    label_file: Path | None = None
+    """A YAML of code lists in place of the task's shipped one (docs/notes-and-labs.md)."""
+    label_hierarchy: bool = False
+    """Apply the file's hierarchy: a milder label is 0 where its severer group is coded."""
+    sections: Literal["admission", "all"] = "admission"
+    """`admission`: the four sections of what was known at admission; `all` leaks diagnoses."""
+    headers: Literal["paper", "wide"] = "paper"
+    """`wide` also knows headers such as CC, HPI, Medications and Past History."""
+    late_notes: Literal["drop", "keep"] = "drop"
+    """A summary written on a later day than the discharge; `keep` moves the prediction time."""
+    lab_window: Literal["stay", "24h", "48h"] = "stay"
+    """Labs of the whole stay, or of its first hours."""
+    lab_value: Literal["last", "mean"] = "last"
+    """Which result of an item counts in the lab matrix; the text always gives the last."""
+    lab_units: Literal["convert", "as_found"] = "convert"
+    """`convert`: known units are brought to one (data.lab_units)."""
+    abnormal: Literal["flag", "range"] = "flag"
+    """`flag`: the laboratory's; `range`: outside the common adult range of well-known tests."""
+    history_visits: int = Field(default=1, ge=0)
+    """Earlier admissions whose sections are appended to the note."""
+    require_notes: bool = True
+    require_labs: bool = True
+    note_limit: int = Field(default=200_000, ge=1)
+    """Characters of the kept sections; more is cut off and counted."""
+    meds: MedsCodes = MedsCodes()
 
 
 class ExtractConfig(Config):
@@ -83,6 +143,8 @@ class ExtractConfig(Config):
     """ViewPosition of images paired with stays."""
     image_short_side: int = Field(default=256, ge=16)
     split: Split = Split()
+    admissions: AdmissionConfig = AdmissionConfig()
+    """Tasks whose sample is an admission."""
     partitions: int = Field(default=0, ge=0)
     """Number of subject partitions; 0 chooses from the file sizes."""
     late_margin_hours: float = Field(default=24.0, ge=0)

@@ -56,6 +56,35 @@ CHEXPERT_LABELS = (
 )
 
 
+ELIXHAUSER_LABELS = (
+    "Hypertension, uncomplicated",
+    "Cardiac arrhythmias",
+    "Fluid and electrolyte disorders",
+    "Congestive heart failure",
+    "Diabetes w/o chronic complications",
+    "Chronic pulmonary disease",
+    "Valvular disease",
+    "Renal failure",
+    "Hypertension, complicated",
+    "Other neurological disorders",
+)
+"""The ten groups of Phan et al. on MIMIC-III, in the paper's order of prevalence."""
+
+FEMH_LABELS = (
+    "Hypertension",
+    "Diabetes",
+    "Heart disease",
+    "Cancer",
+    "Cerebrovascular disease",
+    "Kidney disease",
+    "Liver disease",
+    "Asthma",
+    "Hyperlipidemia",
+    "Lung disease",
+)
+"""The ten groups that Phan et al. name for the Far Eastern Memorial Hospital."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
     """One prediction task.
@@ -64,21 +93,24 @@ class TaskSpec:
         name: Its name in configs, shards and results.
         kind: `binary` (one logit) or `multilabel` (one logit a label, each a Bernoulli).
         labels: The labels in the order of the logits.
-        unit: A sample is an ICU `stay`, keyed (stay_id, prediction_time), or an `image`.
+        unit: A sample is an ICU `stay`, keyed (stay_id, prediction_time), an `image`, or a hospital
+            `admission`, keyed (hadm_id, prediction_time).
         window_hours: Hours after intime that features may come from; None is the whole stay.
         min_los_hours: Shorter stays are no samples (mortality after 48 h needs 48 h).
         modalities: What a sample may hold; the first one it must hold.
         label_types: Acute, mixed or chronic for each label, where the paper groups them.
+        code_lists: The shipped label file (data/resources/labels-*.yaml) of an admission's task.
     """
 
     name: str
     kind: Literal["binary", "multilabel"]
     labels: tuple[str, ...]
-    unit: Literal["stay", "image"] = "stay"
+    unit: Literal["stay", "image", "admission"] = "stay"
     window_hours: float | None = None
     min_los_hours: float = 0.0
     modalities: tuple[str, ...] = ("ehr", "cxr")
     label_types: tuple[LabelType, ...] = ()
+    code_lists: str = ""
 
 
 _PHENOTYPE_LABELS = tuple(name for name, _ in PHENOTYPES)
@@ -113,6 +145,22 @@ TASKS: dict[str, TaskSpec] = {
             labels=CHEXPERT_LABELS,
             unit="image",
             modalities=("cxr",),
+        ),
+        TaskSpec(
+            name="diagnoses",
+            kind="multilabel",
+            labels=ELIXHAUSER_LABELS,
+            unit="admission",
+            modalities=("notes", "labs"),
+            code_lists="elixhauser",
+        ),
+        TaskSpec(
+            name="diagnoses_femh",
+            kind="multilabel",
+            labels=FEMH_LABELS,
+            unit="admission",
+            modalities=("notes", "labs"),
+            code_lists="femh",
         ),
     )
 }

@@ -22,9 +22,15 @@ app = typer.Typer(
 PresetName = Literal["corrected", "code", "paper"]
 ReleaseName = Literal["mimic-iv-2.2", "mimic-iv-3.1", "mimic-iii-1.4"]
 Shards = Annotated[Path, typer.Argument(help="A folder of extracted shards")]
-Task = Annotated[str, typer.Option(help="mortality, phenotyping, phenotyping_48h or radiology")]
+Task = Annotated[
+    str,
+    typer.Option(
+        help="mortality, phenotyping, phenotyping_48h, radiology, diagnoses or diagnoses_femh"
+    ),
+]
 MimicIV = Annotated[Path | None, typer.Option(help="MIMIC-IV 1.0, 2.2 or 3.1, raw or staged")]
 MimicIII = Annotated[Path | None, typer.Option(help="MIMIC-III 1.4, raw or staged")]
+Meds = Annotated[Path | None, typer.Option(help="A MEDS dataset, for tasks of admissions")]
 MimicCXR = Annotated[Path | None, typer.Option(help="MIMIC-CXR-JPG 2.0 or 2.1")]
 
 
@@ -113,13 +119,14 @@ def stage(
 
 
 @app.command()
-def extract(
+def extract(  # noqa: PLR0913
     task: Task,
     out: Annotated[Path, typer.Option(help="Folder for shards and manifest")],
     mimic_iv: MimicIV = None,
     mimic_iii: MimicIII = None,
     mimic_cxr: MimicCXR = None,
     notes: Annotated[Path | None, typer.Option(help="MIMIC-IV-Note or NOTEEVENTS")] = None,
+    meds: Meds = None,
     preset: Annotated[PresetName, typer.Option(help="Corrected or published rules")] = "corrected",
     switches: Annotated[
         list[str] | None,
@@ -137,6 +144,7 @@ def extract(
         "mimic_iii": mimic_iii,
         "mimic_cxr": mimic_cxr,
         "notes": notes,
+        "meds": meds,
     }
     sources = checked(Sources, folders, place="sources")
     config = extract_config(preset, switches or [])

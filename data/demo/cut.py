@@ -36,7 +36,7 @@ COLUMNS = {
         "icu/chartevents": f"{EVENTS_IV} warning",
         "icu/outputevents": "subject_id hadm_id stay_id charttime storetime itemid value valueuom",
         "hosp/labevents": "labevent_id subject_id hadm_id itemid charttime storetime value"
-        " valuenum valueuom",
+        " valuenum valueuom flag",
     },
     "mimic-iii": {
         "PATIENTS": "row_id subject_id gender dob dod dod_hosp dod_ssn expire_flag",
@@ -51,7 +51,7 @@ COLUMNS = {
         "CHARTEVENTS": f"{EVENTS_III} valueuom warning error",
         "OUTPUTEVENTS": "row_id subject_id hadm_id icustay_id charttime itemid value valueuom"
         " storetime iserror",
-        "LABEVENTS": "row_id subject_id hadm_id itemid charttime value valuenum valueuom",
+        "LABEVENTS": "row_id subject_id hadm_id itemid charttime value valuenum valueuom flag",
     },
 }
 FOUND_AS = {"icu/chartevents": ("icu/chartevents", "icu/chartevents_reconstructed")}

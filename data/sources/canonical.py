@@ -61,6 +61,40 @@ TABLES: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "valueuom": pl.String,
         "error": pl.Boolean,  # MIMIC-III CHARTEVENTS ERROR = 1
     },
+    # All laboratory results (tasks of admissions), with the laboratory's own flag.
+    "labs": {
+        "subject_id": pl.Int64,
+        "hadm_id": pl.Int64,
+        "item": pl.String,  # itemid, or what a MEDS code names
+        "charttime": TIME,
+        "storetime": TIME,
+        "value": pl.String,
+        "valuenum": pl.Float64,
+        "unit": pl.String,
+        "flag": pl.String,
+    },
+    "lab_names": {"item": pl.String, "name": pl.String},
+    # Discharge summaries.
+    "notes": {
+        "subject_id": pl.Int64,
+        "hadm_id": pl.Int64,
+        "charttime": TIME,
+        "storetime": TIME,
+        "category": pl.String,
+        "addendum": pl.Boolean,
+        "text": pl.String,
+    },
+    # Rows of a MEDS dataset; data.sources.meds makes the tables above of them.
+    "meds": {
+        "subject_id": pl.Int64,
+        "time": TIME,
+        "code": pl.String,
+        "numeric_value": pl.Float64,
+        "text_value": pl.String,
+        "hadm_id": pl.Int64,
+    },
+    # The split that a MEDS dataset gives a subject.
+    "given_splits": {"subject_id": pl.Int64, "split": pl.String},
     # Dictionary of diagnoses: what the released code joins with.
     "icd_dictionary": {"icd_code": pl.String, "icd_version": pl.Int8},
     # MIMIC-CXR-JPG metadata with its CheXpert labels and split joined by study_id.

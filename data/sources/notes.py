@@ -16,20 +16,13 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 import polars as pl
 
 from data.errors import InputError
-from data.sources.canonical import TIME
+from data.sources.canonical import TABLES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-NOTE_SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
-    "subject_id": pl.Int64,
-    "hadm_id": pl.Int64,
-    "charttime": TIME,
-    "storetime": TIME,
-    "category": pl.String,
-    "text": pl.String,
-}
+NOTE_SCHEMA = TABLES["notes"]
 DISCHARGE, RADIOLOGY = "Discharge summary", "Radiology"
 _NEEDED = {
     "noteevents": (
@@ -39,11 +32,12 @@ _NEEDED = {
         "charttime",
         "storetime",
         "category",
+        "description",
         "iserror",
         "text",
     ),
-    "discharge": ("subject_id", "hadm_id", "charttime", "storetime", "text"),
-    "radiology": ("subject_id", "hadm_id", "charttime", "storetime", "text"),
+    "discharge": ("subject_id", "hadm_id", "note_type", "charttime", "storetime", "text"),
+    "radiology": ("subject_id", "hadm_id", "note_type", "charttime", "storetime", "text"),
 }
 _CATEGORIES = {"discharge": DISCHARGE, "radiology": RADIOLOGY}
 _SUFFIXES = (".csv", ".csv.gz", ".parquet")
@@ -141,11 +135,19 @@ def _typed(
         charttime.alias("charttime"),
         _time(file, raw, "storetime", rows_before),
         category.alias("category"),
+        _addendum(file).alias("addendum"),
         "text",
     ).filter(kept)
     if subjects is not None:
         table = table.filter(pl.col("subject_id").is_in(subjects.implode()))
     return table.select(pl.col(name).cast(kind) for name, kind in NOTE_SCHEMA.items())
+
+
+def _addendum(file: NoteFile) -> pl.Expr:
+    """Whether a note adds to an earlier one: `Addendum` in MIMIC-III, AD or AR in MIMIC-IV."""
+    if file.table == "noteevents":
+        return pl.col("description").str.strip_chars().str.to_lowercase() == "addendum"
+    return pl.col("note_type").str.strip_chars().is_in(["AD", "AR"])
 
 
 def _integer(

@@ -113,7 +113,7 @@ def open_release(folder: Path) -> Release:
     tables = {name: open_table(name, paths[name]) for name in sorted(wanted)}
     name = named(f"{family}-{_version(folder, family, tables)}", folder)
     for spec in specs:
-        _require_columns(name, tables[spec.table], spec)
+        require_columns(name, tables[spec.table], spec)
     return Release(name, folder, tables)
 
 
@@ -149,6 +149,18 @@ def _family(folder: Path, paths: dict[str, Path]) -> str:
         f"{stays.path}: neither stay_id (MIMIC-IV) nor icustay_id (MIMIC-III) among its columns "
         f"{', '.join(stays.columns)}; restore the name of that column"
     )
+
+
+def find_table(folder: Path, name: str) -> TableFile:
+    """A table of a MIMIC folder by its lower-case name.
+
+    Raises:
+        InputError: It is missing.
+    """
+    paths = _index(folder)
+    if name not in paths:
+        raise InputError(_missing_table(folder, "MIMIC", [name], sorted(paths)))
+    return open_table(name, paths[name])
 
 
 def open_table(name: str, path: Path) -> TableFile:
@@ -195,7 +207,12 @@ def _missing_table(folder: Path, release: str, missing: list[str], found: list[s
     )
 
 
-def _require_columns(release: str, file: TableFile, spec: TableSpec) -> None:
+def require_columns(release: str, file: TableFile, spec: TableSpec) -> None:
+    """Refuse a table without a column that its spec names.
+
+    Raises:
+        InputError: Naming the file, the column and what was found.
+    """
     for names in spec.columns.values():
         if file.written(names) is None:
             lower = [column.strip().lower() for column in file.columns]

@@ -51,19 +51,34 @@ COMPANIONS: tuple[tuple[str, tuple[int, ...]], ...] = (
 OTHER_9 = ("53081", "V1582", "311", "2859", "2449", "V5861", "E8490")
 OTHER_10 = ("K219", "Z87891", "F329", "D649", "E039", "Z7901", "E890")
 
+# Diagnoses that no phenotype knows: valvular disease, and a neurological disorder.
+EXTRA: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("4240", "4241"), ("I340", "I350")),
+    (("3320", "340"), ("G20", "G35")),
+)
+
 TITLES_VERSION = tuple(
     [(c, 9) for nine, _ in CODES for c in nine]
     + [(c, 9) for c in OTHER_9]
     + [(c, 10) for _, ten in CODES for c in ten]
     + [(c, 10) for c, _ in COMPANIONS]
     + [(c, 10) for c in OTHER_10]
+    + [(c, 9) for nine, _ in EXTRA for c in nine]
+    + [(c, 10) for _, ten in EXTRA for c in ten]
 )
 
 
 def draw_diagnoses(
-    block: Block, rng: np.random.Generator, *, nine_only: bool, quirks: bool
+    block: Block,
+    rng: np.random.Generator,
+    extra_labels: np.ndarray,
+    *,
+    nine_only: bool,
+    quirks: bool,
 ) -> dict[str, np.ndarray]:
     """Rows of the diagnosis table: admission (index), seq_num, code, version.
+
+    `extra_labels` (uint8 [A, 2]) says which admissions have a diagnosis of EXTRA.
 
     An admission is coded in one version throughout. With quirks one admission in fifty has no
     diagnosis at all, and companions and repeated codes appear.
@@ -83,7 +98,8 @@ def draw_diagnoses(
                     extra.append(code)
         if quirks and chosen and rng.random() < 0.05:
             extra.append(chosen[0])
-        listed = [*chosen, *extra]
+        more = np.flatnonzero(extra_labels[admission])
+        listed = [*chosen, *extra, *(_pick(EXTRA[k][version // 10], rng) for k in more)]
         if quirks and silent:
             continue
         order = rng.permutation(len(listed))

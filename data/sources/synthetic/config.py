@@ -43,6 +43,8 @@ class HospitalConfig(Config):
         {"Oxygen saturation": -6.0},
     )
     """For e1 and e2: channels that move in the other phase."""
+    lab_shift: float = 2.0
+    """How far a lab test is moved to its side, in its spread."""
     image_grid: int = 64
     """Side of the grid on which images are drawn before they are enlarged."""
     patch_radius: int = 8

@@ -12,7 +12,16 @@ import numpy as np
 from data.errors import InputError
 from data.files import write_json
 from data.sources.marker import mark
-from data.sources.synthetic import charting, codes, labs, layout_iii, layout_iv, notes, truth
+from data.sources.synthetic import (
+    charting,
+    clinical,
+    codes,
+    labs,
+    layout_iii,
+    layout_iv,
+    notes,
+    truth,
+)
 from data.sources.synthetic.config import HospitalConfig, Release
 from data.sources.synthetic.cxr_tables import Plan, write_cxr
 from data.sources.synthetic.people import MEAN_HOURS, Block, draw_block
@@ -28,7 +37,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # One independent random stream a block for each part, so that no part moves another.
-_STREAMS = ("people", "course", "charting", "quirks", "tables", "codes", "cxr", "notes", "labs")
+_STREAMS = (
+    "people",
+    "course",
+    "charting",
+    "quirks",
+    "tables",
+    "codes",
+    "cxr",
+    "notes",
+    "labs",
+    "clinical",
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +122,9 @@ def generate(  # noqa: PLR0913 - each is a choice of the command line
         ehr = stack.enter_context(Tables(ehr_root))
         images = stack.enter_context(Tables(cxr_root)) if cxr_root else None
         papers = ehr if three else stack.enter_context(Tables(note_root or out))
-        facts = stack.enter_context(truth.TruthWriter(out / "truth"))
+        stays = stack.enter_context(truth.TruthWriter(out / "truth"))
+        visits = stack.enter_context(truth.TruthWriter(out / "truth", clinical.ADMISSIONS_FILE))
+        facts = (stays, visits)
         (layout_iii if three else layout_iv).write_dictionaries(ehr)
         per_block = settings.patients_per_block
         for number in range(-(-patients // per_block)):
@@ -160,7 +182,7 @@ class _Hospital:
         ehr: Tables,
         images: Tables | None,
         papers: Tables | None,
-        facts: truth.TruthWriter,
+        facts: tuple[truth.TruthWriter, truth.TruthWriter],
         cxr_root: Path | None,
     ) -> None:
         """Draw block `number` and write its first `wanted` patients."""
@@ -175,9 +197,14 @@ class _Hospital:
         three = self.release == "mimic-iii-1.4"
         carevue = (rng["tables"].random(len(block.stay)) < 0.5) & three
         chart = self._chart(block, course, carevue, rng["charting"], rng["quirks"])
-        lab = labs.lab_rows(block, rng["labs"], quirks=self.quirks)
+        told = clinical.draw_clinical(block, self.config, rng["clinical"])
+        lab, evidence = labs.lab_rows(
+            block, rng["labs"], told.side, self.config, quirks=self.quirks
+        )
         output = labs.output_rows(block, carevue, rng["labs"])
-        diagnoses = codes.draw_diagnoses(block, rng["codes"], nine_only=three, quirks=self.quirks)
+        diagnoses = codes.draw_diagnoses(
+            block, rng["codes"], told.extra, nine_only=three, quirks=self.quirks
+        )
         kept = block.subject[:wanted]
         for tables in (ehr, images, papers):
             if tables is not None:
@@ -190,9 +217,10 @@ class _Hospital:
             layout_iv.write_people(ehr, block, rng["tables"], self.release, quirks=self.quirks)
             layout_iv.write_events(ehr, block, chart, lab, output, rng["tables"])
             layout_iv.write_diagnoses(ehr, block, diagnoses)
+        noted = np.zeros(len(block.hadm), bool)
         if papers is not None:
             write = notes.write_noteevents if three else notes.write_discharge
-            write(papers, block, rng["notes"], quirks=self.quirks)
+            noted = write(papers, block, told, rng["notes"], quirks=self.quirks)
         plan = Plan(block, self.config, rng["cxr"])
         shown = np.full(len(block.stay), -1)
         if images is not None and cxr_root is not None:
@@ -210,7 +238,12 @@ class _Hospital:
             usable = np.flatnonzero(plan.in_window & ~(plan.lost & self.quirks))
             shown[plan.stay[usable]] = usable  # in the order of time: the latest stays
             belief[shown >= 0, 2:] = seen[shown[shown >= 0]]
-        facts.append(block, belief, shown >= 0, self.config, kept)
+        facts[0].append(block, belief, shown >= 0, self.config, kept)
+        after = {
+            "notes": clinical.note_beliefs(block, noted),
+            "labs": clinical.lab_beliefs(evidence, self.config),
+        }
+        facts[1].write(clinical.truth_rows(block, diagnoses, after, noted), kept)
 
     def _chart(
         self,

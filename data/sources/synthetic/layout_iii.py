@@ -9,6 +9,7 @@ import polars as pl
 
 from data.sources.synthetic import codes, items
 from data.sources.synthetic.events import event_frame
+from data.sources.synthetic.labs import ABNORMAL
 from data.sources.synthetic.layout_iv import (
     INSURANCE,
     RACES,
@@ -182,7 +183,7 @@ def write_events(
             "value",
             "valuenum",
             "valueuom",
-            *_empty("flag"),
+            ABNORMAL.alias("flag"),
         ),
     )
     frame = event_frame(output, block).rename({"stay_id": "icustay_id"})

@@ -9,6 +9,7 @@ import polars as pl
 
 from data.sources.synthetic import codes, items
 from data.sources.synthetic.events import event_frame
+from data.sources.synthetic.labs import ABNORMAL
 from data.sources.synthetic.people import DAY
 from data.sources.synthetic.writer import times
 
@@ -199,7 +200,7 @@ def write_events(
             "valueuom",
             empty.alias("ref_range_lower"),
             empty.alias("ref_range_upper"),
-            empty.alias("flag"),
+            ABNORMAL.alias("flag"),
             pl.lit("ROUTINE").alias("priority"),
             empty.alias("comments"),
         ),

@@ -30,10 +30,10 @@ MODALITY_SETS: Mapping[str, tuple[int, ...]] = {
 
 
 class TruthWriter:
-    """truth/stays.parquet: one row a stay, written block by block, whole or not at all."""
+    """A file of truth/, written block by block, whole or not at all; by default one row a stay."""
 
-    def __init__(self, root: Path) -> None:
-        self._context: AbstractContextManager[Path] = atomic_path(root / TRUTH_FILE)
+    def __init__(self, root: Path, name: str = TRUTH_FILE) -> None:
+        self._context: AbstractContextManager[Path] = atomic_path(root / name)
         self._path: Path | None = None
         self._writer: pq.ParquetWriter | None = None
 
@@ -77,8 +77,11 @@ class TruthWriter:
         chance = oracle(block.latents[adm], config)
         columns |= {f"label_{p.name}": block.labels[adm, k] for k, p in enumerate(PLANTED)}
         columns |= {f"oracle_{p.name}": chance[:, k] for k, p in enumerate(PLANTED)}
-        frame = pl.DataFrame(columns).filter(pl.col("subject_id").is_in(subjects.tolist()))
-        table = frame.to_arrow()
+        self.write(pl.DataFrame(columns), subjects)
+
+    def write(self, frame: pl.DataFrame, subjects: np.ndarray) -> None:
+        """Add the rows of `subjects`."""
+        table = frame.filter(pl.col("subject_id").is_in(subjects.tolist())).to_arrow()
         if self._writer is None:
             self._writer = pq.ParquetWriter(str(self._path), table.schema)
         self._writer.write_table(table)
