@@ -88,6 +88,8 @@ def _rows(batch: Batch, piece: slice) -> Batch:
     if piece == slice(0, len(batch)):
         return batch
     images = (batch.cxr_index >= piece.start) & (batch.cxr_index < piece.stop)
+    noted = (batch.notes_index >= piece.start) & (batch.notes_index < piece.stop)
+    texts = zip(batch.notes, noted.tolist(), strict=True)
     lengths = batch.lengths[piece]
     return replace(
         batch,
@@ -99,6 +101,11 @@ def _rows(batch: Batch, piece: slice) -> Batch:
         targets=batch.targets[piece],
         cxr_targets=batch.cxr_targets[images],
         rows=batch.rows[piece],
+        notes=tuple(text for text, inside in texts if inside),
+        notes_index=batch.notes_index[noted] - piece.start,
+        lab_texts=batch.lab_texts[piece],
+        labs=batch.labs[piece],
+        labs_observed=batch.labs_observed[piece],
     )
 
 

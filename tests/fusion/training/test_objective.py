@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,28 @@ def test_cutting_keeps_every_row_and_image_once(harness, rows, parts):
         assert torch.equal(piece.cxr_index, again.cxr_index)
         assert torch.equal(piece.cxr_targets, again.cxr_targets)
         assert torch.equal(piece.targets, again.targets)
+
+
+def test_cutting_takes_notes_and_labs_along(harness):
+    """Rows 0, 2, 3 and 6 of seven have a note."""
+    index = [0, 2, 3, 6]
+    batch = replace(
+        harness.collate(harness.dataset(7)),
+        notes=tuple(f"note {row}" for row in index),
+        notes_index=torch.tensor(index),
+        lab_texts=tuple(f"labs {row}" for row in range(7)),
+        labs=torch.arange(7.0)[:, None].expand(7, 2),
+        labs_observed=torch.arange(7)[:, None].expand(7, 2) % 2 == 0,
+    )
+    pieces = [piece.batch for piece in cut(batch, 3, placeholder(harness.SPEC, 32))]
+    assert [piece.rows.tolist() for piece in pieces] == [[0, 1], [2, 3, 4], [5, 6]]
+    for piece in pieces:
+        rows = piece.rows.tolist()
+        assert piece.notes == tuple(f"note {row}" for row in rows if row in index)
+        assert [rows[each] for each in piece.notes_index] == [row for row in rows if row in index]
+        assert piece.lab_texts == tuple(f"labs {row}" for row in rows)
+        assert piece.labs.tolist() == [[row, row] for row in rows]
+        assert piece.labs_observed.tolist() == [[row % 2 == 0] * 2 for row in rows]
 
 
 def test_the_score_leaves_out_labels_of_one_class():
