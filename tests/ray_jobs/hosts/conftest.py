@@ -127,6 +127,8 @@ class Network:
         host.run("ip", "link", "set", "lo", "up")
         host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
         host.run("ip", "link", "set", "eth0", "up")
+        # Ray takes the address of the default route for the node's own.
+        host.run("ip", "route", "add", "default", "dev", "eth0")
         host.run("mount", "-t", "tmpfs", "none", "/mnt")
         host.run("mkdir", HOME, STORAGE)
         for source, target in ((host.home, HOME), (self.folder / "storage", STORAGE)):
