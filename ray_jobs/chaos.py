@@ -279,7 +279,7 @@ def _outcome(bench: Bench, name: str, undisturbed: RunFolder) -> Outcome:
     return Outcome(
         name,
         ended,
-        str(last["cause"]).replace(f"{folder.path}/", ""),
+        str(last["cause"]).replace(f"{folder.path.absolute().parents[1]}/", ""),
         attempts,
         last["replayed"],
         last["seconds"],
