@@ -148,7 +148,7 @@ def _train(payload: dict[str, Any], heart: Heart, local_workers: int) -> dict[st
     from ray.train.torch import get_device
 
     from fusion.training import loop
-    from fusion.training.agreed import AgreedError
+    from fusion.training.agreed import AgreedError, agreed
     from fusion.training.strategy import build_strategy
     from ray_jobs.session import listen, name_rows, open_session
 
@@ -163,14 +163,10 @@ def _train(payload: dict[str, Any], heart: Heart, local_workers: int) -> dict[st
     except InputError as error:  # alike on every worker
         return {"ending": None, "error": str(error)}
     heart.beat("opening")
-    session, fault = None, None
     try:
-        session = open_session(config, folder, strategy, STOP)
-    except InputError as error:
-        fault = str(error)
-    faults = [each for each in strategy.gather(fault) if each is not None]
-    if session is None or faults:
-        return {"ending": None, "error": faults[0]}
+        session = agreed(strategy, lambda: open_session(config, folder, strategy, STOP))
+    except AgreedError as error:
+        return {"ending": None, "error": str(error)}
     session.document = payload["document"]
     reader = session.train.reader  # type: ignore[attr-defined]
     listen(session, heart, folder)
