@@ -7,6 +7,7 @@ node, rows of NaN, a byte of a shard, a file that may not grow.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,13 +97,23 @@ def worker(bench: Bench) -> str:
 
 def node(bench: Bench) -> str:
     """SIGKILL the raylet and all workers of a node that is not the driver's."""
+    victims: list[Beat] = []
 
     def strike(status: Status) -> bool:
-        victim = _elsewhere(status)
-        _require(bench.strikers.end_node(victim.node), "the cluster still counts on the node")
+        victims.append(_elsewhere(status))
+        gone = bench.strikers.end_node(victims[0].node)
+        _require(gone, "the cluster still counts on the node")
         return True
 
-    bench.run(bench.named("node"), Disturbance(PACE_S), strike)
+    config = bench.named("node")
+    bench.run(config, Disturbance(PACE_S), strike)
+    said, rank = _said(config), victims[0].rank
+    # Whichever Ray hears of first: the node's death or the process's.
+    named = re.match(r"(lost the node|the process) of rank ([\d, ]+)", said)
+    _require(
+        named is not None and str(rank) in re.findall(r"\d+", named[2]),
+        f"the node of rank {rank} was ended, but the log says: {said}",
+    )
     return BY_ITSELF
 
 
