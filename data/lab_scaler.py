@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.errors import InputError
-from data.files import sha256_json, write_json
+from data.files import sha256_json
+from data.kept import kept, read
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WHAT = "lab columns"
 _FIT_ROWS = 4096
 
 
@@ -143,18 +143,12 @@ def fitted(reader: ShardReader, config: LabColumns) -> LabScaler:
     The file is named by what it depends on: the shards, the split, and the configuration.
     """
     key = sha256_json([reader.manifest.digest, config.model_dump(mode="json")])
-    path = reader.folder / f"labs-{key[:16]}-train.json"
-    if path.is_file():
-        return load(path)
-    scaler = fit(reader, reader.rows_of("train"), config)
-    body: dict[str, Any] = {"columns": [vars(column) for column in scaler.columns]}
-    try:
-        write_json(path, {**body, "sha256": sha256_json(body)})
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EROFS):
-            raise
-        logger.warning("%s is read-only: the lab columns are fitted in each run", reader.folder)
-    return scaler
+
+    def body() -> dict[str, Any]:
+        scaler = fit(reader, reader.rows_of("train"), config)
+        return {"columns": [vars(column) for column in scaler.columns]}
+
+    return _built(kept(reader.folder / f"labs-{key[:16]}-train.json", WHAT, body))
 
 
 def load(path: Path) -> LabScaler:
@@ -163,11 +157,8 @@ def load(path: Path) -> LabScaler:
     Raises:
         InputError: The file was altered or is no such file.
     """
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        recorded = body.pop("sha256")
-        if recorded != sha256_json(body):
-            raise ValueError("its hash does not hold")
-        return LabScaler(tuple(LabColumn(**column) for column in body["columns"]))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: no valid lab columns ({error}); delete it") from None
+    return _built(read(path, WHAT))
+
+
+def _built(body: dict[str, Any]) -> LabScaler:
+    return LabScaler(tuple(LabColumn(**column) for column in body["columns"]))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import logging
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.errors import InputError
-from data.files import sha256_json, write_json
+from data.kept import kept, read
 from data.schema import CHANNELS, CONTINUOUS, FEATURE_NAMES
 
 if TYPE_CHECKING:
@@ -23,12 +20,11 @@ if TYPE_CHECKING:
     from data.batches import BatchConfig
     from data.reader import ShardReader
 
-logger = logging.getLogger(__name__)
-
 CONTINUOUS_COLUMNS = [FEATURE_NAMES.index(CHANNELS[v].name) for v in CONTINUOUS]
 """Columns of the 76 features that a normaliser touches, in the order of CONTINUOUS."""
 
 STD_FLOOR = 1e-7
+WHAT = "normaliser"
 _FIT_ROWS = 1024
 
 
@@ -140,22 +136,16 @@ def fitted(reader: ShardReader) -> Normalizer:
     """
     manifest = reader.manifest
     name = f"normalizer-{manifest.digest[:16]}-train-{manifest.preset}.json"
-    path = reader.folder / name
-    if path.is_file():
-        return load(path)
-    normalizer = fit(reader, reader.rows_of("train"))
-    body = {
-        "channels": [CHANNELS[v].name for v in CONTINUOUS],
-        "means": list(normalizer.means),
-        "stds": list(normalizer.stds),
-    }
-    try:
-        write_json(path, {**body, "sha256": sha256_json(body)})
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EROFS):
-            raise
-        logger.warning("%s is read-only: the normaliser is fitted in each run", reader.folder)
-    return normalizer
+
+    def body() -> dict[str, Any]:
+        normalizer = fit(reader, reader.rows_of("train"))
+        return {
+            "channels": [CHANNELS[v].name for v in CONTINUOUS],
+            "means": list(normalizer.means),
+            "stds": list(normalizer.stds),
+        }
+
+    return _built(kept(reader.folder / name, WHAT, body))
 
 
 def load(path: Path) -> Normalizer:
@@ -164,14 +154,11 @@ def load(path: Path) -> Normalizer:
     Raises:
         InputError: The file was altered or is no such file.
     """
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        recorded = body.pop("sha256")
-        if recorded != sha256_json(body):
-            raise ValueError("its hash does not hold")
-        return Normalizer(tuple(body["means"]), tuple(body["stds"]))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: no valid normaliser ({error}); delete it") from None
+    return _built(read(path, WHAT))
+
+
+def _built(body: dict[str, Any]) -> Normalizer:
+    return Normalizer(tuple(body["means"]), tuple(body["stds"]))
 
 
 def normalizer_for(reader: ShardReader, config: BatchConfig) -> Normalizer:

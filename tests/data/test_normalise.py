@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import normalise
+from data import kept
 from data.batches import BatchConfig
 from data.errors import InputError
 from data.normalise import PUBLISHED, Normalizer, fit, fitted, load, normalizer_for
@@ -143,7 +143,7 @@ def test_a_read_only_shard_folder_still_gives_the_same_statistics(reader, monkey
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(normalise, "write_json", refuse)
+    monkeypatch.setattr(kept, "write_json", refuse)
     assert fitted(reader) == fit(reader, reader.rows_of("train"))
     assert "is read-only" in caplog.text
     assert not list(reader.folder.glob("normalizer-*"))
