@@ -30,7 +30,7 @@ from ray_jobs import config as run_config
 from ray_jobs.runs import RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 BIN = Path(sys.executable).parent
 START_S = 180
@@ -134,10 +134,19 @@ class Head:
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     def started(self, *words: str, **variables: str | None) -> subprocess.Popen[str]:
-        """Start a command."""
+        """Start a `rayfuse` command."""
+        return self._open([str(BIN / "rayfuse"), *words], variables)
+
+    def python(self, *words: str) -> subprocess.Popen[str]:
+        """Start Python."""
+        return self._open([sys.executable, *words], {})
+
+    def _open(
+        self, command: list[str], variables: Mapping[str, str | None]
+    ) -> subprocess.Popen[str]:
         merged = {**self.environment, "RAY_API_SERVER_ADDRESS": self.address, **variables}
         return subprocess.Popen(
-            [str(BIN / "rayfuse"), *words],
+            command,
             env={name: value for name, value in merged.items() if value is not None},
             cwd=self.folder,
             stdout=subprocess.PIPE,
