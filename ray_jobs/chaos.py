@@ -107,7 +107,7 @@ def node(bench: Bench) -> str:
 
     config = bench.named("node")
     bench.run(config, Disturbance(PACE_S), strike)
-    said, rank = _said(config), victims[0].rank
+    said, rank = _recoveries(config)[-1]["cause"], victims[0].rank
     # Whichever Ray hears of first: the node's death or the process's.
     named = re.match(r"(lost the node|the process) of rank ([\d, ]+)", said)
     _require(
@@ -280,13 +280,7 @@ def _outcome(bench: Bench, name: str, undisturbed: RunFolder) -> Outcome:
         return Outcome(name, f"skipped: {reason}")
     attempts = len(list(folder.metrics.glob("attempt-*")))
     _require(attempts > 1, f"{name}: the workers were not started again")
-    recovered = [
-        line["values"]
-        for line in metrics_log.follow_files(folder.metrics)
-        if line["values"].get("event") == "recovered"
-    ]
-    _require(bool(recovered), f"{name}: no line in the log says what was lost")
-    last = recovered[-1]
+    last = _recoveries(bench.named(name))[-1]
     return Outcome(
         name,
         ended,
@@ -352,7 +346,19 @@ def _steps(folder: RunFolder) -> int:
     return max((line["step"] for line in lines), default=0)
 
 
+def _recoveries(config: RunConfig) -> list[dict[str, Any]]:
+    """What the run's log says of each loss."""
+    found = [
+        line["values"]
+        for line in metrics_log.follow_files(RunFolder(config.folder).metrics)
+        if line["values"].get("event") == "recovered"
+    ]
+    _require(bool(found), f"{config.name}: no line in the log says what was lost")
+    return found
+
+
 def _said(config: RunConfig) -> str:
+    """Why the run's last command stopped."""
     from ray_jobs import recovery
 
     found = recovery.before(RunFolder(config.folder))
