@@ -14,6 +14,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -152,15 +153,8 @@ def embed(session: Session, source: Source) -> dict[str, Any]:
         for split, images in source.splits.items():
             folder = source.folder / sha256_json({**key, "split": split})[:32]
             shelf = Shelf(folder, images.rows, source.chunk, strategy.rank / strategy.world)
-
-            def read(chunks: Iterable[Rows], images: ImageRows = images) -> Iterator[Tensor]:
-                for batch in images.read(chunks):
-                    session.beat("embeddings", session.progress)
-                    moved = images_last(batch.to(strategy.device), config)
-                    with autocast(strategy.device, config):
-                        yield encoder(moved.cxr).cpu()
-
-            kept[split] = agreed(strategy, lambda shelf=shelf, read=read: shelf.outputs(read))
+            compute = partial(_encode, session, encoder, images)
+            kept[split] = agreed(strategy, partial(shelf.outputs, compute))
             computed, damaged = computed + shelf.computed, damaged + shelf.damaged
     shapes = [outputs.shape[1:] for outputs in kept.values() if len(outputs)]
     if shapes:
@@ -274,6 +268,18 @@ class Shelf:
             ) from None
         self._held[number] = outputs
         self.computed += 1
+
+
+def _encode(
+    session: Session, encoder: nn.Module, images: ImageRows, chunks: Iterable[Rows]
+) -> Iterator[Tensor]:
+    device, config = session.strategy.device, session.settings.train
+    for batch in images.read(chunks):
+        session.beat("embeddings", session.progress)
+        moved = images_last(batch.to(device), config)
+        with autocast(device, config):
+            outputs: Tensor = encoder(moved.cxr)
+        yield outputs.cpu()
 
 
 def _identity(encoder: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, Any]:
