@@ -48,6 +48,15 @@ def default_folder() -> Path:
     return own / "rows"
 
 
+def folder_of(cache_dir: Path | None) -> Path:
+    """Where a run's caches lie: `data.batches.cache_dir`, or the default.
+
+    Raises:
+        InputError: See `default_folder`.
+    """
+    return cache_dir or default_folder()
+
+
 def ensure(folder: Path, manifest: Manifest, cache_dir: Path | None) -> Path:
     """The cache file of a shard folder, built if absent, by one process of the node at a time.
 
@@ -55,7 +64,7 @@ def ensure(folder: Path, manifest: Manifest, cache_dir: Path | None) -> Path:
         InputError: A shard is missing, was altered after its manifest, or holds a row that a
             reader must refuse; or the disk of the cache is full.
     """
-    cache_dir = cache_dir or default_folder()
+    cache_dir = folder_of(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = cache_dir / f"{manifest.digest[:32]}.arrow"
     with _locked(path.with_suffix(".lock")):

@@ -50,7 +50,8 @@ class PackedBatch:
     Attributes:
         ehr: [B, T, 76] float32, normalised, zero beyond each length.
         lengths: [B] int64, >= 1.
-        grey: [P, S, S] uint8, images of the rows that have one and keep it.
+        grey: [P, S, S] uint8, images of the rows that have one and keep it; S = 0 where they are
+            not decoded.
         cxr_index: [P] int64, the row of each image.
         rows: [B] int64, row ids.
     """
@@ -73,12 +74,15 @@ class Packer:
         *,
         train: bool,
         seed: int,
+        pixels: bool = True,
     ) -> None:
+        """Pack rows of `reader`; without `pixels`, images are counted but not decoded."""
         self._reader = reader
         self._config = config
         self._normalizer = normalizer
         self._train = train
         self._seed = seed
+        self._pixels = pixels
 
     def pack(self, rows: Rows, epoch: int, withheld: NDArray[np.bool_]) -> PackedBatch:
         """The batch of `rows` ([B]) in an epoch, without the images of `withheld` ([B] bool)."""
@@ -86,9 +90,9 @@ class Packer:
         features = expand(series.values, series.observed)
         self._normalizer.apply(features)
         with_image = np.flatnonzero(self._reader.has_cxr[rows] & ~withheld)
-        size = self._config.image.size
+        size = self._config.image.size if self._pixels else 0
         grey = np.empty((len(with_image), size, size), np.uint8)
-        for place, row in enumerate(rows[with_image].tolist()):
+        for place, row in enumerate(rows[with_image].tolist() if self._pixels else ()):
             key = (self._seed, epoch, row) if self._train else None
             try:
                 grey[place] = pixels(self._reader.image(row), self._config.image, key)

@@ -51,6 +51,7 @@ class Recipe(NamedTuple):
     normalizer: Normalizer
     train: bool
     seed: int
+    pixels: bool = True
 
     def packer(self, reader: ShardReader | None = None) -> Packer:
         """The packer this describes, on the given reader or one of its own."""
@@ -60,6 +61,7 @@ class Recipe(NamedTuple):
             self.normalizer,
             train=self.train,
             seed=self.seed,
+            pixels=self.pixels,
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from data.clinical_batch import with_clinical
 from data.collate import to_batch
 from data.decoding import DecodingPool, Recipe, Share
@@ -15,13 +17,16 @@ from data.reader import ShardReader
 from data.tasks import task_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from data.batches import BatchConfig
     from data.collate import PackedBatch
-    from data.normalise import Normalizer
     from data.schema import Batch
+
+    Rows = NDArray[np.int64]
 
 
 class BatchLoader:
@@ -35,25 +40,21 @@ class BatchLoader:
         self,
         reader: ShardReader,
         plan: SamplePlan,
-        config: BatchConfig,
-        normalizer: Normalizer,
+        recipe: Recipe,
         *,
-        train: bool,
-        seed: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Batches of `plan` for `rank` of `world_size`; only training augments and withholds."""
+        """Batches of `plan` for `rank` of `world_size`; only training augments and withholds.
+
+        Where the recipe leaves pixels out, `cxr` is [P, 3, 0, 0].
+        """
         self.reader = reader
         self.plan = plan
-        self.config = config
+        self.config = config = recipe.config
         self._rank = rank
         self._world_size = world_size
-        self._train = train
-        self._seed = seed
-        self._recipe = Recipe(
-            reader.folder, config.cache_dir, config, normalizer, train=train, seed=seed
-        )
+        self._recipe = recipe
         self._pool: DecodingPool | None = None
         self._clinical = task_spec(reader.manifest.task).unit == "admission"
         scaled = self._clinical and bool(reader.has_labs.any())
@@ -66,7 +67,21 @@ class BatchLoader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch | None]:
         """This rank's batches from `start_step` on; None where its share of a step is empty."""
-        shares = (self.share(epoch, step) for step in range(start_step, self.steps_per_epoch))
+        yield from self._batches(
+            self.share(epoch, step) for step in range(start_step, self.steps_per_epoch)
+        )
+
+    def read(self, chunks: Iterable[Rows]) -> Iterator[Batch]:
+        """A batch of each chunk of row ids ([B] each, not empty), whole, nothing withheld.
+
+        Chunks may be asked for ahead. Not within an epoch of the same loader.
+        """
+        shares = (Share(rows, 0, np.zeros(len(rows), bool)) for rows in chunks)
+        for batch in self._batches(shares):
+            assert batch is not None
+            yield batch
+
+    def _batches(self, shares: Iterable[Share]) -> Iterator[Batch | None]:
         if self.config.processes:
             if self._pool is None:
                 self._pool = DecodingPool(self._recipe, self.config.processes)
@@ -79,8 +94,8 @@ class BatchLoader:
     def share(self, epoch: int, step: int) -> Share:
         """This rank's row ids of a step, and which of them have their image withheld."""
         rows = self.plan.batch(epoch, step)
-        fraction = self.config.withhold_cxr if self._train else 0.0
-        mask = withheld(self._seed, epoch, step, len(rows), fraction)
+        fraction = self.config.withhold_cxr if self._recipe.train else 0.0
+        mask = withheld(self._recipe.seed, epoch, step, len(rows), fraction)
         part = split_evenly(len(rows), self._rank, self._world_size)
         return Share(rows[part], epoch, mask[part])
 
@@ -107,6 +122,7 @@ def open_stream(  # noqa: PLR0913
     world_size: int = 1,
     rows: Literal["partial", "paired"] | None = None,
     drop_last: bool = False,
+    pixels: bool = True,
 ) -> BatchLoader:
     """The stream of a split for one rank.
 
@@ -122,6 +138,7 @@ def open_stream(  # noqa: PLR0913
         rows: Every row or only those with an image; None takes `train_rows` when training,
             `selection_rows` for the validation split, and every row otherwise.
         drop_last: Leave out an epoch's short last batch.
+        pixels: Decode images; else `cxr` is [P, 3, 0, 0].
 
     Raises:
         InputError: The shards are refused (see ShardReader), or the split has no such row or,
@@ -152,14 +169,13 @@ def open_stream(  # noqa: PLR0913
             f"train.drop_last leaves nothing of {len(chosen)} {split} rows in batches of "
             f"{batch_size}; lower train.batch_size or set it to false"
         )
-    normalizer = normalizer_for(reader, config)
-    return BatchLoader(
-        reader,
-        plan,
+    recipe = Recipe(
+        shards,
+        config.cache_dir,
         config,
-        normalizer,
+        normalizer_for(reader, config),
         train=train,
         seed=seed,
-        rank=rank,
-        world_size=world_size,
+        pixels=pixels,
     )
+    return BatchLoader(reader, plan, recipe, rank=rank, world_size=world_size)

@@ -193,7 +193,8 @@ class Batch:
     Attributes:
         ehr: [B, T, 76] float32, zero beyond each row's length. T >= 1.
         lengths: [B] int64, >= 1 (1 for a row without time series, whose values are zero).
-        cxr: [P, 3, S, S] float32, only the rows that have an image, in the rows' order.
+        cxr: [P, 3, S, S] float32, only the rows that have an image, in the rows' order; or, where a
+            frozen encoder's outputs are kept, those [P, ...].
         cxr_index: [P] int64, the row of each image.
         present: For each modality [B] bool, True = present.
         targets: [B, C] float32.

@@ -84,6 +84,9 @@ class FusionModel(nn.Module, ABC):
     phases: tuple[Phase, ...] = (Phase(),)
     pretrained: ClassVar[tuple[str, ...]] = ()
     """Submodules that are frozen as they come: a run must name them in `init_from`."""
+    image_encoder: ClassVar[str | None] = None
+    """Submodule by whose forward pass alone it sees images, so that outputs [P, ...] of that pass
+    may come in their place."""
     TINY: ClassVar[Mapping[str, Any]] = {}
     """Overrides of its Config that build in milliseconds, for tests."""
 

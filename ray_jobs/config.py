@@ -24,6 +24,8 @@ from ray_jobs import storage
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fusion.model import FusionModel
+
 ConfigT = TypeVar("ConfigT", bound=Config)
 Preset = Literal["corrected", "code", "paper"]
 PRESETS = Path(__file__).parent / "presets"
@@ -157,12 +159,26 @@ class RunConfig(Config):
                 f"train.min_epochs ({self.train.min_epochs}) is larger than "
                 f"train.epochs ({self.train.epochs})"
             )
+        if self.train.cache_embeddings and (wrong := self._unsteady(kind)):
+            raise ValueError(f"train.cache_embeddings: {wrong}, or train.cache_embeddings=false")
         if self.scaling.most > 1 and self.scaling.strategy == "single":
             raise ValueError(
                 f"scaling.strategy=single with scaling.num_workers={self.scaling.num_workers}: "
                 "use ddp, or one worker"
             )
         return self
+
+    def _unsteady(self, kind: type[FusionModel]) -> str | None:
+        """Why an image encoder's output for a row would change from epoch to epoch, if it would."""
+        if kind.image_encoder is None:
+            return f"model.name={kind.name} has no image encoder for it: choose another model"
+        if self.data.batches.image.augment:
+            return "images are augmented: set data.batches.image.augment=false"
+        if self.data.batches.image.crop != "center":
+            return "images are cropped at random: set data.batches.image.crop=center"
+        if getattr(self.model, "missing_image", "not_encoded") != "not_encoded":
+            return "zero images are encoded too: set model.missing_image=not_encoded"
+        return None
 
     @property
     def folder(self) -> Path:

@@ -173,7 +173,8 @@ def _feature_names(trained: Trained) -> tuple[str, ...]:
     from fusion.training.objective import placeholder
 
     config, device = trained.config, next(trained.model.parameters()).device
-    batch = placeholder(task_spec(config.task), config.data.batches.image.size)
+    size = config.data.batches.image.size
+    batch = placeholder(task_spec(config.task), (3, size, size))
     trained.model.eval()
     with torch.no_grad():
         named = trained.model(batch.to(device)).features

@@ -40,6 +40,7 @@ _FREE = (
     "scaling",
     "checkpoint",
     "evaluate",
+    "train.cache_embeddings",
     "data.shards",
     "data.sources",
     "data.extract",

@@ -23,7 +23,7 @@ from ray_jobs import lease, storage
 from ray_jobs.runs import RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from ray_jobs.config import RunConfig
     from ray_jobs.storage import Store
@@ -159,15 +159,38 @@ class Mirror:
         if step is not None:
             shutil.rmtree(self._run.metrics, ignore_errors=True)
             shutil.rmtree(self._run.best, ignore_errors=True)
-        wanted = [name for name in held if self._is_result(name)]
-        lacking = [name for name in sorted(wanted, key=_marker_last) if not self._at(name).exists()]
-        for name in lacking:
-            self._get(name, self._at(name))
+        lacking = self._get_results(held)
         if step is not None or lacking:
             self.folder.chmod(0o700)
             what = f"step {step} and " if step is not None else ""
             logger.info("%s: %s%d files fetched", self.store.uri, what, len(lacking))
-        return Pulled(step, skipped, tuple(lacking))
+        return Pulled(step, skipped, lacking)
+
+    def pull_results(self) -> None:
+        """Fetch a run to look at: all but its checkpoints.
+
+        One that ended in the bucket has then ended here; one that did not, and that has checkpoints
+        here, is left for `pull`.
+
+        Raises:
+            InputError: The bucket fails, or the disk is full.
+        """
+        held = self.store.names()
+        ended = self._run.outcome.name in held
+        if self._run.outcome.is_file() or (self._run.checkpoints.exists() and not ended):
+            return
+        if ended:
+            shutil.rmtree(self._run.metrics, ignore_errors=True)
+            shutil.rmtree(self._run.best, ignore_errors=True)
+        if self._get_results(held):
+            self.folder.chmod(0o700)
+
+    def _get_results(self, held: Iterable[str]) -> tuple[str, ...]:
+        wanted = [name for name in held if self._is_result(name)]
+        lacking = [name for name in sorted(wanted, key=_marker_last) if not self._at(name).exists()]
+        for name in lacking:
+            self._get(name, self._at(name))
+        return tuple(lacking)
 
     def push(self) -> None:
         """Put there what the folder has beyond the bucket: what a lost connection kept back.

@@ -63,6 +63,11 @@ class Reporter:
                     f"recovered after {values['cause']}: {values['replayed']} step(s) replayed, "
                     f"{values['seconds']:.0f} s"
                 )
+            elif values.get("event") == "embeddings" and values["computed"]:
+                torn = f", {values['damaged']} of them damaged" if values["damaged"] else ""
+                self.say(
+                    f"outputs of the frozen encoder: {values['computed']} files computed{torn}"
+                )
             elif values.get("event") == "start" and values["updates"]:
                 self.say(f"goes on from step {values['updates']} on {values['world']} worker(s)")
 

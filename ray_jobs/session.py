@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from data.cache import folder_of
 from data.loader import open_stream
+from data.manifest import Manifest
 from data.tasks import task_spec
 from fusion import registry
 from fusion.tasks import Task
 from fusion.training import loop
+from fusion.training.embeddings import ImageRows, Source
 from fusion.training.flops import count_flops
 from fusion.training.metrics_log import MetricsLog, Silent
 from ray_jobs import mirror
@@ -43,8 +46,9 @@ def open_session(
         stop: Name of the file in the folder that asks for a checkpoint and an end.
 
     Raises:
-        InputError: Shards, `optim.group_lr` or `init_from` do not fit.
+        InputError: Shards, `optim.group_lr`, `train.cache_embeddings` or `init_from` do not fit.
     """
+    cached = config.train.cache_embeddings
 
     def stream(split: str) -> BatchLoader:
         return open_stream(
@@ -57,6 +61,7 @@ def open_session(
             rank=strategy.rank,
             world_size=strategy.world,
             drop_last=split == "train" and config.train.drop_last,
+            pixels=not cached,
         )
 
     task = Task(task_spec(config.task))
@@ -77,14 +82,39 @@ def open_session(
         log=MetricsLog(folder.metrics) if strategy.rank == 0 else Silent(),
         init_from=config.init_from,
         stop_requested=stop_flag(folder.path / stop, strategy.rank),
-        # Of use beside a GPU's peak only, and a few seconds' work.
+        # Of use beside a GPU's peak only, a few seconds' work, and of a model that runs whole.
         flops=(lambda image_size: count_flops(factory, task, config.train, image_size))
-        if strategy.device.type == "cuda"
+        if strategy.device.type == "cuda" and not cached
         else None,
+        embeddings=_embeddings(config) if cached else None,
     )
     if (copy := mirror.of(config, folder.path)) is not None:
         session.saver.on_written, session.saver.on_removed = copy.written, copy.removed
     return session
+
+
+def _embeddings(config: RunConfig) -> Source:
+    """What the outputs of a frozen image encoder are made from."""
+    batches = config.data.batches
+    manifest = Manifest.load(config.data.shards)
+
+    def images(split: str) -> ImageRows:
+        # As evaluation sees them; the config's own check says that training sees the same.
+        loader = open_stream(
+            config.data.shards, split, batches, batch_size=1, seed=0, train=False, rows="partial"
+        )
+        rows = loader.reader.rows_of(split)
+        return ImageRows(rows[loader.reader.has_cxr[rows]], loader.read)
+
+    return Source(
+        folder_of(batches.cache_dir) / "embeddings",
+        {split: images(split) for split in ("train", "val")},
+        {
+            "manifest": manifest.digest,
+            "preset": config.preset,
+            "image": batches.image.model_dump(include={"resize", "size"}),
+        },
+    )
 
 
 def listen(session: loop.Session, heart: Heart, folder: RunFolder) -> None:

@@ -84,6 +84,12 @@ def fault(storage_path: str) -> str | None:
     return None if parts.netloc else f"storage_path: no bucket is named; write {form}"
 
 
+def below(storage_path: str, name: str) -> str:
+    """The path of `name` under a bucket's path, whose options stay."""
+    parts = urllib.parse.urlsplit(storage_path)
+    return parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl()
+
+
 def open_store(storage_path: str, below: str = "") -> Store:
     """The bucket that a storage path names.
 

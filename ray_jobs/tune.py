@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from data.errors import InputError
 from data.manifest import Manifest
 from data.shards import refuse_unlearnable
-from ray_jobs import capacity, cluster, lineage
+from ray_jobs import capacity, cluster, lineage, storage
 from ray_jobs.runs import RunFolder
-from ray_jobs.search import confirm, report
+from ray_jobs.search import bucket, confirm, report
 from ray_jobs.search.budget import Budget
 from ray_jobs.search.drive import Drive
 from ray_jobs.search.folder import SearchFolder
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ray_jobs.config import RunConfig
-    from ray_jobs.search.drive import Executor
+    from ray_jobs.search.drive import Executor, Source
     from ray_jobs.search.space import Scalar, SearchConfig
+
+    Go = Callable[[Source], str | None]
+    """Drives a source's jobs, and says what ended it early."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ class Plan:
     """A search to run.
 
     Attributes:
-        name: Its folder under the run's `runs_dir`.
+        name: Its folder's, which lies where a run of that name would.
         run: What is searched.
         search: How, with its metrics.
         storage: URL of a database for the study; None keeps a journal in the folder.
@@ -54,7 +57,12 @@ class Plan:
     @property
     def folder(self) -> SearchFolder:
         """The search's."""
-        return SearchFolder(self.run.runs_dir / self.name)
+        return SearchFolder(self.named.folder)
+
+    @property
+    def named(self) -> RunConfig:
+        """The run under the search's name: where it is kept."""
+        return self.run.model_copy(update={"name": self.name})
 
 
 def run(
@@ -86,39 +94,44 @@ def run(
     manifest = Manifest.load(plan.run.data.shards)
     lineage.check_shards(plan.run, manifest)
     refuse_unlearnable(manifest)
+    storage.check(plan.named)
     folder = plan.folder
-    _refuse_foreign(plan)
+    if RunFolder(folder.path).config.is_file():
+        raise InputError(f"{folder.path} is a run's folder; give the search another --name")
     folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with lineage.locked(RunFolder(folder.path)):
+    with lineage.locked(RunFolder(folder.path)), bucket.kept(plan.run, folder) as copy:
+        _refuse_foreign(plan)
         with _executor(plan, executor) as runs:
             study = _study(plan)
             folder.open(plan.search, plan.run)
             if (why := study.hopeless()) is not None:
                 raise InputError(f"{why}\nmend that, and give the search another name")
             say(f"{plan.name}: {study.unfinished} of {study.limit} trial(s) to go")
-            whole = _search(plan, study, budget, runs, say)
-            whole = whole and plan.confirm and _retrain(plan, study, budget, runs, say)
+
+            def go(source: Source) -> str | None:
+                kept = source if copy is None else bucket.Snapshots(source, copy)
+                drive = Drive(plan.run, folder, kept, budget, runs, say)
+                drive.go()
+                return drive.ending
+
+            whole = _search(plan, study, go, say)
+            whole = whole and plan.confirm and _retrain(plan, study, go, say)
         if whole:
             _say_results(confirm.conclude(study, plan.run, folder), say)
         say(f"wrote {report.write(study, plan.run, folder)}")
     return folder.path
 
 
-def _search(
-    plan: Plan, study: Study, budget: Budget, runs: Executor, say: Callable[[str], None]
-) -> bool:
+def _search(plan: Plan, study: Study, go: Go, say: Callable[[str], None]) -> bool:
     """The trials; whether all are over."""
-    drive = Drive(plan.run, plan.folder, Trials(study, say), budget, runs, say)
-    drive.go()
+    ending = go(Trials(study, say))
     left = study.unfinished
-    if drive.ending is not None:
-        say(f"{plan.name}: {drive.ending}; the same command goes on with {left} more")
+    if ending is not None:
+        say(f"{plan.name}: {ending}; the same command goes on with {left} more")
     return not left
 
 
-def _retrain(
-    plan: Plan, study: Study, budget: Budget, runs: Executor, say: Callable[[str], None]
-) -> bool:
+def _retrain(plan: Plan, study: Study, go: Go, say: Callable[[str], None]) -> bool:
     """The best trials and the default with other seeds; whether all are over."""
     if not study.best(1):
         say(f"{plan.name}: no trial was trained to its end, so there is nothing to confirm")
@@ -127,11 +140,10 @@ def _retrain(
     if not source.left:
         return True
     say(f"{plan.name}: {source.left} run(s) with other seeds to go")
-    drive = Drive(plan.run, plan.folder, source, budget, runs, say)
-    drive.go()
-    if drive.ending is not None:
-        say(f"{plan.name}: {drive.ending}; the same command goes on with the other seeds")
-    return drive.ending is None
+    ending = go(source)
+    if ending is not None:
+        say(f"{plan.name}: {ending}; the same command goes on with the other seeds")
+    return ending is None
 
 
 def _say_results(results: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -167,8 +179,6 @@ def _study(plan: Plan) -> Study:
 
 def _refuse_foreign(plan: Plan) -> None:
     folder, journal = plan.folder, plan.folder.path / JOURNAL
-    if RunFolder(folder.path).config.is_file():
-        raise InputError(f"{folder.path} is a run's folder; give the search another --name")
     if plan.storage is None and folder.search.is_file() and not journal.is_file():
         raise InputError(
             f"{journal} is missing, and with it what was tried; restore it, give the --storage "

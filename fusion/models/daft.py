@@ -33,6 +33,7 @@ class DAFT(FusionModel, name="daft"):
     """
 
     modalities = ("ehr", "cxr")
+    image_encoder = "cxr_encoder"
     TINY: ClassVar = {"hidden": 8, "depth": 10, "base_width": 4}
 
     class Config(LSTMOptions, ImageOptions, MissingImageOptions, FusionModel.Config):

@@ -48,6 +48,7 @@ class DrFuse(FusionModel, name="drfuse"):
     """
 
     modalities = ("ehr", "cxr")
+    image_encoder = "cxr_encoder"
     TINY: ClassVar = {
         "hidden": 8,
         "heads": 2,

@@ -27,6 +27,7 @@ class EarlyFusion(FusionModel, name="early_fusion"):
     """
 
     modalities = ("ehr", "cxr")
+    image_encoder = "cxr_encoder"
     pretrained = ("ehr_encoder", "cxr_encoder")
     TINY: ClassVar = {"hidden": 8, "depth": 10, "base_width": 4}
 

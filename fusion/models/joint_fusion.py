@@ -22,6 +22,7 @@ class JointFusion(FusionModel, name="joint_fusion"):
     """
 
     modalities = ("ehr", "cxr")
+    image_encoder = "cxr_encoder"
     TINY: ClassVar = {"hidden": 8, "depth": 10, "base_width": 4}
 
     class Config(LSTMOptions, ImageOptions, MissingImageOptions, FusionModel.Config):

@@ -30,6 +30,7 @@ class MedFuse(FusionModel, name="medfuse"):
     """
 
     modalities = ("ehr", "cxr")
+    image_encoder = "cxr_encoder"
     TINY: ClassVar = {"hidden": 8, "fusion_hidden": 12, "depth": 10, "base_width": 4}
 
     class Config(LSTMOptions, ImageOptions, MissingImageOptions, FusionModel.Config):

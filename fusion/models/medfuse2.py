@@ -25,6 +25,7 @@ class MedFuse2(FusionModel, name="medfuse2"):
     """
 
     modalities = ("ehr", "cxr")
+    image_encoder = "cxr_encoder"
     TINY: ClassVar = {
         "hidden": 8,
         "heads": 2,

@@ -22,6 +22,7 @@ class ResNet34(FusionModel, name="resnet34"):
     """
 
     modalities = ("cxr",)
+    image_encoder = "cxr_encoder"
     TINY: ClassVar = {"depth": 10, "base_width": 4}
 
     class Config(ImageOptions, FusionModel.Config):

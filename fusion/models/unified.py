@@ -37,6 +37,7 @@ class Unified(FusionModel, name="unified"):
     """
 
     modalities = ("ehr", "cxr")
+    image_encoder = "cxr_encoder"
     phases = (Phase(terms=("ehr", "cxr", "fused")),)
     TINY: ClassVar = {"hidden": 8, "depth": 10, "base_width": 4}
 

@@ -33,6 +33,10 @@ class TrainConfig(Config):
     """Which weights the run ends with, in best/."""
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False
+    cache_embeddings: bool = False
+    """Keep the outputs of a frozen image encoder (`optim.group_lr.cxr_encoder` 0) beside the row
+    cache, for all runs and trials with the same encoder, shards, split, preset and transforms;
+    wants images that are neither augmented nor cropped at random."""
     recompute: bool = False
     """Activation checkpointing: keep the inputs of encoder blocks only, and run the blocks again in
     the backward pass. Less memory for about a third more computation."""

@@ -14,6 +14,7 @@ import torch
 from data.errors import InputError
 from fusion.training import checkpoint
 from fusion.training.agreed import AgreedError
+from fusion.training.embeddings import encoder_of
 from fusion.training.meter import Meter
 from fusion.training.metrics_log import Log, Silent
 from fusion.training.objective import MicroBatch, census, cut, placeholder
@@ -36,13 +37,13 @@ if TYPE_CHECKING:
     from fusion.model import FusionModel
     from fusion.tasks import Task
     from fusion.training.config import CheckpointConfig, TrainConfig
+    from fusion.training.embeddings import Source
     from fusion.training.flops import Flops
     from fusion.training.optim import OptimConfig
     from fusion.training.strategy import Strategy
 
 Ending = Literal["epochs", "patience", "interrupted"]
-Stage = Literal["data", "census", "step", "validation", "checkpoint"]
-PLACEHOLDER_SIZE = 32
+Stage = Literal["embeddings", "data", "census", "step", "validation", "checkpoint"]
 
 
 class NonFiniteLossError(AgreedError):
@@ -88,6 +89,9 @@ class Session:
         beat: Told on every worker what it is about to do, and at which step.
         saver: Writes checkpoints and best weights.
         flops: From an image's size to the model's FLOPs, for the log of the speed.
+        embeddings: What the outputs of the model's frozen image encoder are made from, where they
+            are kept; None where the encoder runs in every step.
+        image_shape: Of an image in this session's batches, or of what stands in its place.
     """
 
     strategy: Strategy
@@ -104,6 +108,8 @@ class Session:
     beat: Callable[[Stage, Progress], None] = lambda stage, progress: None
     progress: Progress = field(default_factory=Progress)
     flops: Callable[[int], Flops] | None = None
+    embeddings: Source | None = None
+    image_shape: tuple[int, ...] = (3, 32, 32)
     schedule: Schedule = field(init=False)
     saver: Saver = field(init=False)
     meter: Meter = field(default_factory=Meter)
@@ -117,6 +123,11 @@ class Session:
         traced = self.settings.train.profiled if self.strategy.rank == 0 else None
         self.tracer = Tracer(self.folder / "traces", traced)
 
+    @property
+    def filler(self) -> Batch:
+        """What is run in place of an empty share."""
+        return placeholder(self.task.spec, self.image_shape)
+
 
 def prepare(
     strategy: Strategy, factory: Callable[[], FusionModel], settings: Settings
@@ -124,11 +135,14 @@ def prepare(
     """Build a model from the seed, alike on every worker.
 
     Raises:
-        InputError: `optim.group_lr` names no parameter, or freezes a whole phase.
+        InputError: `optim.group_lr` names no parameter, or freezes a whole phase; or
+            `train.cache_embeddings` is set and the model's image encoder is not frozen.
     """
     torch.manual_seed(settings.seed)
     model = strategy.build(factory, settings.train)
     freeze(model, settings.optim)
+    if settings.train.cache_embeddings:
+        encoder_of(model)
     if settings.train.recompute:
         recompute(model)
     checkpoint.seed_worker(settings.seed, strategy.rank)
@@ -167,10 +181,9 @@ def train_step(session: Session, share: Batch | None, counts: Tensor) -> None:
         NonFiniteLossError: On every worker alike, before the update.
     """
     strategy, settings = session.strategy, session.settings
-    filler = placeholder(session.task.spec, PLACEHOLDER_SIZE)
     parts = [
         MicroBatch(part.batch.to(strategy.device, non_blocking=True), part.weight)
-        for part in cut(share, settings.train.accumulation, filler)
+        for part in cut(share, settings.train.accumulation, session.filler)
     ]
     for number, phase in enumerate(strategy.model.phases):
         for _ in range(phase.repeats):
@@ -198,7 +211,7 @@ def evaluate_model(session: Session, stream: BatchStream) -> Predictions:
         session.task,
         config=session.settings.train,
         forward=strategy.infer,
-        filler=placeholder(session.task.spec, PLACEHOLDER_SIZE),
+        filler=session.filler,
     )
     return merge(strategy.gather(own))
 

@@ -17,6 +17,8 @@ from data.schema import MODALITIES, N_FEATURES, Batch
 from fusion.training.batch_norm import collective_statistics
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from data.tasks import TaskSpec
     from fusion.model import FusionModel, Phase
     from fusion.tasks import Task
@@ -58,12 +60,12 @@ def population(counts: Tensor, over: tuple[str, ...]) -> Tensor:
     return torch.where((patterns & needed) == needed, counts, 0.0).sum()
 
 
-def placeholder(spec: TaskSpec, image_size: int) -> Batch:
+def placeholder(spec: TaskSpec, image_shape: Sequence[int]) -> Batch:
     """Two constant rows without any modality: what a worker runs whose share is empty."""
     return Batch(
         ehr=torch.zeros(2, 1, N_FEATURES),
         lengths=torch.ones(2, dtype=torch.int64),
-        cxr=torch.zeros(0, 3, image_size, image_size),
+        cxr=torch.zeros(0, *image_shape),
         cxr_index=torch.zeros(0, dtype=torch.int64),
         present={modality: torch.zeros(2, dtype=torch.bool) for modality in MODALITIES},
         targets=torch.zeros(2, len(spec.labels)),
@@ -157,7 +159,10 @@ def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
 
 
 def images_last(batch: Batch, config: TrainConfig) -> Batch:
-    """The batch with its images in channels-last memory where the config asks for it."""
-    if not config.channels_last:
+    """The batch with its images in channels-last memory where the config asks for it.
+
+    Outputs of an encoder in their place ([P, ...]) stay as they are.
+    """
+    if not config.channels_last or batch.cxr.dim() != 4:
         return batch
     return replace(batch, cxr=batch.cxr.contiguous(memory_format=torch.channels_last))

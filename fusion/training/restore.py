@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fusion.training import checkpoint
 from fusion.training.agreed import AgreedError, agreed
+from fusion.training.embeddings import embed
 from fusion.training.initialise import frozen_base, initial_weights, read_base
 from fusion.training.objective import Objective
 
@@ -22,8 +23,8 @@ def start(session: Session) -> None:
     """Fill the model from the newest complete checkpoint, or else from `init_from`; then prepare.
 
     Raises:
-        AgreedError: The checkpoint or the initial weights are of another model or base, or the disk
-            is too small for the run's checkpoints.
+        AgreedError: The checkpoint or the initial weights are of another model or base, the disk
+            is too small for the run's checkpoints, or embeddings cannot be computed.
     """
     strategy, settings, saver = session.strategy, session.settings, session.saver
     mine = agreed(
@@ -38,12 +39,14 @@ def start(session: Session) -> None:
     if fault := strategy.share(saver.lacking_space(shapes)):
         raise AgreedError(fault)
     strategy.load_weights(weights)
+    if held:
+        session.progress = held.meta.progress
+    embedded = None if session.embeddings is None else embed(session, session.embeddings)
     objective = Objective(strategy.model, session.task, settings.train)
     strategy.prepare(objective, settings.optim)
     if held:
         strategy.load_moments(held.moments)
         held.restore_worker(strategy, settings.seed)
-        session.progress = held.meta.progress
         session.schedule.load(held.meta.schedule)
         session.schedule.apply(strategy.optimizers)
     event = {
@@ -53,6 +56,8 @@ def start(session: Session) -> None:
         "skipped": found.skipped,
     }
     session.log.write("event", session.progress, event)
+    if embedded is not None:
+        session.log.write("event", session.progress, {"event": "embeddings", **embedded})
     saver.start_clock()
 
 

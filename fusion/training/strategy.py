@@ -53,6 +53,13 @@ class Strategy(Protocol):
         """Fill parameters and buffers, whole, by name; after `build`, before `prepare`."""
         ...
 
+    def whole(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Around reading and running a submodule alone; after `build`, before `prepare`.
+
+        Every worker enters and leaves it.
+        """
+        ...
+
     def prepare(self, objective: Objective, config: OptimConfig) -> None:
         """Make the optimizers, wrap the objective; every worker has equal weights after."""
         ...
@@ -161,6 +168,10 @@ class Single:
         own = self.model.state_dict()
         for name, value in tensors.items():
             own[name].copy_(value)
+
+    def whole(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """It is whole as it is."""
+        return nullcontext()
 
     def prepare(self, objective: Objective, config: OptimConfig) -> None:
         """Make the optimizers, wrap the objective."""

@@ -24,6 +24,7 @@ from fusion.training.strategy import DataParallel, owner, refuse_leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from data.schema import Batch
     from fusion.model import Output
@@ -125,6 +126,15 @@ class Zero(DataParallel):
             first = min(self.rank * shard.numel(), value.numel())
             part = value.flatten()[first : first + shard.numel()]
             shard[: len(part)].copy_(part)
+
+    def whole(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Stage 3 gathers the parameters for the time."""
+        if self.stage < 3:
+            return super().whole(module)
+        gathered: AbstractContextManager[Any] = self._deepspeed.zero.GatheredParameters(
+            list(module.parameters())
+        )
+        return gathered
 
     def prepare(self, objective: Objective, config: OptimConfig) -> None:
         """Make the optimizer and the engine; weights become those of worker 0."""

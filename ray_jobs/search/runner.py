@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from data.errors import InputError
 from fusion.training import metrics_log
 from ray_jobs import config as run_config
-from ray_jobs import lineage, train
+from ray_jobs import lineage, storage, train
 from ray_jobs.config_paths import replaced
 from ray_jobs.progress import Follower
 from ray_jobs.runs import RunFolder
@@ -88,12 +88,15 @@ def on_tune(payload: Mapping[str, Any], config: dict[str, Any]) -> None:
 
 
 def job_config(run: RunConfig, folder: SearchFolder, job: Job) -> RunConfig:
-    """The config of a job.
+    """The config of a job: its run lies in the search's folder, and below it in a bucket.
 
     Raises:
         InputError: The run's schema refuses the values together.
     """
-    named = run.model_copy(update={"name": job.name, "runs_dir": folder.path})
+    bucket = run.storage_path if storage.in_bucket(run.storage_path) else None
+    below = None if bucket is None else storage.below(bucket, folder.path.name)
+    place = {"name": job.name, "runs_dir": folder.path, "storage_path": below}
+    named = run.model_copy(update=place)
     return replaced(named, job.values)
 
 

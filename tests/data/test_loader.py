@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from data.errors import InputError
 from data.loader import open_stream
 
 SMALL = {"resize": 64, "size": 56}
+PLAIN = {**SMALL, "augment": False}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,11 @@ def _stream(shards, config, *, world=1, rank=0, split="train", train=True, **cha
     return open_stream(
         shards, split, config, batch_size=16, seed=3, train=train, rank=rank, world_size=world
     )
+
+
+def _images(batch):
+    """Row and pixels of each image."""
+    return zip(batch.rows[batch.cxr_index].tolist(), batch.cxr, strict=True)
 
 
 def _wait_until_gone(pids):
@@ -175,6 +182,48 @@ def test_unpaired_fraction_and_replacement(shards, config):
     rows = np.concatenate([batch.rows for batch in drawn.epoch(0)])
     assert len(rows) == len(train)
     assert len(set(rows.tolist())) < len(train)
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_batches_without_pixels_are_the_same_but_for_them(shards, config, processes):
+    whole = _stream(shards, config, withhold_cxr=0.3)
+    bare = open_stream(
+        shards,
+        "train",
+        config.model_copy(update={"withhold_cxr": 0.3, "processes": processes}),
+        batch_size=16,
+        seed=3,
+        train=True,
+        pixels=False,
+    )
+    for one, other in zip(whole.epoch(1), bare.epoch(1), strict=True):
+        assert len(one.cxr)
+        assert other.cxr.shape == (len(one.cxr), 3, 0, 0)
+        _same(replace(one, cxr=other.cxr), other)
+    bare.close()
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_any_rows_are_read_as_evaluation_sees_them(shards, config, processes):
+    stream = _stream(shards, config, split="val", train=False, processes=processes)
+    rows = stream.reader.rows_of("train")[::-3]
+    asked = []
+
+    def chunks():
+        for first in range(0, len(rows), 5):
+            asked.append(first)
+            yield rows[first : first + 5]
+
+    found = list(stream.read(chunks()))
+    stream.close()
+    assert asked == list(range(0, len(rows), 5))
+    assert np.concatenate([batch.rows for batch in found]).tolist() == rows.tolist()
+    plain = _stream(shards, config, train=True, image=BatchConfig(image=PLAIN).image)
+    pixels = {row: image for batch in plain.epoch(0) for row, image in _images(batch)}
+    images = [pair for batch in found for pair in _images(batch)]
+    assert images
+    for row, image in images:
+        assert torch.equal(image, pixels[row]), "training without augmentation sees the same"
 
 
 def test_a_split_without_such_rows_is_refused(make_shards, config, tmp_path):

@@ -1,4 +1,4 @@
-"""Finished runs with untrained weights on synthetic shards, and Ray clusters of several nodes.
+"""Finished runs with untrained weights, Ray clusters of several nodes, and an S3 server.
 
 All behind training is real.
 """
@@ -34,6 +34,14 @@ if TYPE_CHECKING:
 
 BIN = Path(sys.executable).parent
 START_S = 180
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "NO_PROXY": "127.0.0.1",
+    "no_proxy": "127.0.0.1",
+}
 IMAGE = {"resize": 24, "size": 24, "augment": False}
 
 
@@ -253,3 +261,34 @@ def _head(*, num_cpus: int) -> Iterator[Head]:
             for node in head.nodes:
                 _end(node)
             _end(process)
+
+
+@pytest.fixture(scope="session")
+def s3_port():
+    """The port of an S3 server whose buckets are moto's own, in this process."""
+    from moto.server import ThreadedMotoServer
+
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in CREDENTIALS.items():
+            environment.setenv(name, value)
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        yield server.get_host_and_port()[1]
+        server.stop()
+
+
+@pytest.fixture
+def s3(s3_port):
+    """`s3(bucket, make=True, prefix="")`: a storage path there, the bucket made first."""
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{s3_port}")
+
+    def path(bucket, *, make=True, prefix="runs"):
+        if make:
+            client.create_bucket(Bucket=bucket)
+        query = f"scheme=http&endpoint_override=127.0.0.1:{s3_port}&region=us-east-1"
+        return f"s3://{bucket}/{prefix}?{query}"
+
+    path.client = client
+    return path

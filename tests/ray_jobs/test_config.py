@@ -22,6 +22,13 @@ RUN = {
 }
 
 
+CACHED = {"train": {"cache_embeddings": True}}
+
+
+def _images(**transform: object) -> dict:
+    return {"shards": "s", "batches": {"image": transform}}
+
+
 @pytest.fixture
 def write(tmp_path: Path):
     def _write(**changes: object) -> Path:
@@ -96,6 +103,23 @@ def test_everything_wrong_is_reported_at_once_with_its_path(write) -> None:
         ({"scaling": {"strategy": "zero2", "offload": "all"}}, "only zero3 shards the parameters"),
         ({"scaling": {"num_workers": [2, 1]}}, r"scaling\.num_workers: needs .*\[fewest, most\]"),
         ({"scaling": {"num_workers": 0}}, r"scaling\.num_workers: needs a number of workers"),
+        (
+            CACHED,
+            r"images are augmented: set data\.batches\.image\.augment=false, or train\.cache_",
+        ),
+        (
+            {**CACHED, "data": _images(augment=False, crop="random")},
+            r"cache_embeddings: .* at random: set data\.batches\.image\.crop=center",
+        ),
+        (
+            {
+                **CACHED,
+                "data": _images(augment=False),
+                "model": {"name": "medfuse", "missing_image": "zero_image"},
+            },
+            r"set model\.missing_image=not_encoded",
+        ),
+        ({**CACHED, "model": {"name": "mmtm"}}, r"model\.name=mmtm has no image encoder for it"),
         (
             {"data": {"shards": "s", "sources": {"mimic_iv": "a", "mimic_iii": "b"}}},
             "mimic_iv and mimic_iii",

@@ -54,6 +54,18 @@ def test_a_line_still_being_written_is_left_for_later(tmp_path):
     assert follower.new_lines() == [{"kind": "event"}]
 
 
+def test_computed_and_damaged_outputs_of_a_frozen_encoder_are_said():
+    stream = io.StringIO()
+    reporter = Reporter("demo", 20, stream)
+    for computed, damaged in ((0, 0), (5, 0), (2, 1)):
+        values = {"event": "embeddings", "computed": computed, "damaged": damaged}
+        reporter.show([{"kind": "event", "epoch": 0, "step": 0, "values": values}])
+    assert stream.getvalue().splitlines() == [
+        "demo: outputs of the frozen encoder: 5 files computed",
+        "demo: outputs of the frozen encoder: 2 files computed, 1 of them damaged",
+    ]
+
+
 def test_plain_lines_where_there_is_no_terminal(lines):
     stream = io.StringIO()
     reporter = Reporter("demo", 20, stream)

@@ -67,6 +67,10 @@ def _updates(folder):
     return [line["step"] for line in lines if line["kind"] == "train"]
 
 
+def _train_lines(folder):
+    return [line for line in metrics_log.read(folder / "metrics") if line["kind"] == "train"]
+
+
 def _when(folder, updates, act):
     """Run `act` on a thread once the run has logged that many updates."""
 
@@ -132,6 +136,44 @@ def test_a_killed_worker_changes_nothing_in_the_result(make_config):
     before = sorted((killed / "metrics").rglob("*.jsonl"))
     assert train.run(config) == killed, "finished: says so and does nothing"
     assert sorted((killed / "metrics").rglob("*.jsonl")) == before
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_later_run_never_runs_a_frozen_encoder_whose_outputs_are_kept(make_config, tmp_path):
+    """Two workers, each counting the forward passes of its own encoder's first convolution."""
+    image = {"resize": 32, "size": 32, "augment": False}
+    tiny = {"name": "medfuse", "hidden": 4, "fusion_hidden": 4, "depth": 10, "base_width": 4}
+
+    def counting(session):
+        def count(module, inputs, output):
+            with (session.folder / f"passes-{session.strategy.rank}").open("a") as handle:
+                handle.write(f"{len(output)}\n")
+
+        session.strategy.model.cxr_encoder.conv1.register_forward_hook(count)
+
+    def run(name, **changes):
+        config = make_config(
+            name,
+            model=tiny,
+            train__epochs=2,
+            train__cache_embeddings=True,
+            optim__group_lr={"cxr_encoder": 0},
+            data__batches={"image": image, "cache_dir": tmp_path / "cache"},
+            **changes,
+        )
+        folder = train.run(config, observer=train.Observer(session=counting))
+        passes = [int(line) for path in folder.glob("passes-*") for line in path.open()]
+        return sum(passes), [line["values"]["loss"] for line in _train_lines(folder)]
+
+    first = run("first")
+    second = run("second", optim__weight_decay=1e-9)
+    manifest = Manifest.load(make_config().data.shards)
+    assert first[0] == sum(manifest.overlap[split]["cxr"] for split in ("train", "val"))
+    assert second[0] == 0
+    assert len(first[1]) > 10
+    assert second[1] == pytest.approx(first[1], abs=1e-4)
 
 
 @pytest.mark.ray

@@ -266,6 +266,23 @@ def test_bfloat16_autocast_gives_float32_logits_near_those_of_float32(name, make
     torch.testing.assert_close(low, model(batch).logits, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("name", [n for n in registry.names() if registry.get(n).image_encoder])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_its_image_encoders_outputs_may_stand_for_the_images(name, pattern, make_batch):
+    cxr, ehr = PATTERNS[pattern]
+    model = build(name).eval()
+    batch = make_batch(present_cxr=cxr, present_ehr=ehr)
+    encoder = model.get_submodule(model.image_encoder)
+    usual = model(batch)
+    with torch.no_grad():
+        outputs = encoder(batch.cxr) if len(batch.cxr) else encoder(torch.zeros(2, 3, 32, 32))[:0]
+    encoder.forward = lambda given: given
+    found = model(replace(batch, cxr=outputs))
+    torch.testing.assert_close(found.logits, usual.logits, atol=1e-6, rtol=0)
+    for key, term in usual.terms.items():
+        torch.testing.assert_close(found.terms[key].sum, term.sum, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("task", ["mortality", "phenotyping", "radiology"])
 def test_it_has_a_logit_for_each_label_of_a_task(name, task, make_batch):
     spec = task_spec(task)

@@ -32,6 +32,7 @@ from fusion.tasks import Task
 from fusion.training import loop
 from fusion.training.agreed import AgreedError
 from fusion.training.config import CheckpointConfig, TrainConfig
+from fusion.training.embeddings import ImageRows, Source
 from fusion.training.optim import OptimConfig
 from fusion.training.strategy import DataParallel, build_strategy
 
@@ -118,6 +119,7 @@ class Job:
     offload: str = "none"
     whole_elements: int = 0
     deaf: bool = False
+    embeddings: str | None = None
 
 
 def dataset(rows: int, image_size: int = 4, seed: int = 11, images=(0, 1, 2, 3)) -> list[dict]:
@@ -230,6 +232,29 @@ def deafen(name: str) -> None:
         )
 
 
+def images_of(rows: list[dict]) -> ImageRows:
+    """What a run's embeddings are made from: the rows that have an image."""
+    having = {row["row"]: row for row in rows if row["has_cxr"]}
+    return ImageRows(
+        np.array(sorted(having)),
+        lambda chunks: (collate([having[row] for row in chunk.tolist()]) for chunk in chunks),
+    )
+
+
+class Layers:
+    """Counts what a model's image encoder really computes: calls of each of its convolutions."""
+
+    def __init__(self, model: FusionModel) -> None:
+        self.calls = self.images = 0
+        for module in model.get_submodule(model.image_encoder).modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(self._count)
+
+    def _count(self, module, inputs, output) -> None:
+        self.calls += 1
+        self.images += len(output) if module.in_channels == 3 else 0
+
+
 def factory(job: Job):
     if job.model == "toy":
         return lambda: Toy(**job.options)
@@ -262,17 +287,21 @@ def session(job: Job, rank: int = 0) -> loop.Session:
         rows[job.poison]["ehr"][:] = np.nan
     task, chosen = Task(SPEC), settings(job)
     loop.prepare(strategy, factory(job), chosen)
+    val = dataset(10, size, seed=5)
     made = loop.Session(
         strategy,
         task,
         chosen,
         Rows(rows, chosen.train.batch_size, rank, job.world),
-        Rows(dataset(10, size, seed=5), 4, rank, job.world),
+        Rows(val, 4, rank, job.world),
         Path(job.folder),
         log=Lines(),
         document={"config": {"seed": job.seed}},
         init_from={prefix: Path(source) for prefix, source in job.init_from.items()},
     )
+    if job.embeddings is not None:
+        splits = {"train": images_of(rows), "val": images_of(val)}
+        made.embeddings = Source(Path(job.embeddings), splits, {"made of": "these rows"}, 3)
     if job.step_minutes:
         # Worker 1's clock stands still: worker 0 alone decides.
         made.saver.clock = lambda: 60 * job.step_minutes * made.progress.updates * (rank == 0)
@@ -302,6 +331,7 @@ def run_worker(job: Job, rank: int, store: str) -> None:
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     made = session(job, rank)
+    layers = Layers(made.strategy.model) if made.strategy.model.image_encoder else None
     error = None
     try:
         ending = loop.fit(made)
@@ -311,7 +341,8 @@ def run_worker(job: Job, rank: int, store: str) -> None:
     state = whole_weights(made.strategy)
     save_file(state, out / f"rank-{rank}.safetensors")
     result = {"ending": ending, "error": error, "progress": made.progress.dump()}
-    result["used"] = made.train.used
+    result["used"] = made.train.used if job.embeddings is None else None
+    result["encoder"] = vars(layers) if layers else None
     (out / f"rank-{rank}.json").write_text(json.dumps({**result, "lines": made.log.lines}))
 
 

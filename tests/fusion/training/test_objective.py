@@ -38,7 +38,7 @@ def test_the_census_counts_every_set_of_modalities(harness):
 def test_cutting_keeps_every_row_and_image_once(harness, rows, parts):
     made = harness.dataset(rows)
     batch = harness.collate(made)
-    filler = placeholder(harness.SPEC, 32)
+    filler = placeholder(harness.SPEC, (3, 32, 32))
     pieces = cut(batch, parts, filler)
     assert len(pieces) == parts
     real = [piece.batch for piece in pieces if piece.weight]
@@ -66,7 +66,7 @@ def test_cutting_takes_notes_and_labs_along(harness):
         labs=torch.arange(7.0)[:, None].expand(7, 2),
         labs_observed=torch.arange(7)[:, None].expand(7, 2) % 2 == 0,
     )
-    pieces = [piece.batch for piece in cut(batch, 3, placeholder(harness.SPEC, 32))]
+    pieces = [piece.batch for piece in cut(batch, 3, placeholder(harness.SPEC, (3, 32, 32)))]
     assert [piece.rows.tolist() for piece in pieces] == [[0, 1], [2, 3, 4], [5, 6]]
     for piece in pieces:
         rows = piece.rows.tolist()

@@ -8,7 +8,7 @@ from data.files import write_json
 from data.manifest import Manifest
 from fusion.training import loop
 from fusion.training.strategy import Single
-from ray_jobs import lineage, session, train
+from ray_jobs import lineage, mirror, session, train
 from ray_jobs.config import RunConfig
 from ray_jobs.heartbeat import Beat, Status
 from ray_jobs.runs import RunFolder
@@ -54,18 +54,20 @@ def train_here(config, *, observer):
     """`train.run` with one worker, which is this process."""
     config = lineage.claim(config, Manifest.load(config.data.shards), fork=False)
     folder = RunFolder(config.folder)
-    if folder.outcome.is_file():
-        return folder.path
     stop = folder.path / train.STOP
     stop.unlink(missing_ok=True)
-    with lineage.locked(folder):
+    with lineage.locked(folder), mirror.kept(config, folder) as copy:
+        if folder.outcome.is_file():
+            return folder.path
         here = session.open_session(config, folder, Single(), train.STOP)
         here.stop_requested = stop.exists
         here.after_validation = lambda values: observer.watch(HERE)
         ending = loop.fit(here)
-    if ending == "interrupted":
-        raise KeyboardInterrupt("asked")
-    write_json(folder.outcome, {"ending": ending})
+        if ending == "interrupted":
+            raise KeyboardInterrupt("asked")
+        write_json(folder.outcome, {"ending": ending})
+        if copy is not None:
+            copy.push()
     return folder.path
 
 

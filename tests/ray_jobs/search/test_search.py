@@ -7,8 +7,11 @@ import os
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from optuna.trial import TrialState
+from torch.nn.modules.module import register_module_forward_hook
 
 from data.errors import InputError
 from fusion.training import metrics_log
@@ -121,6 +124,72 @@ def test_a_trial_that_ended_unheard_is_not_run_again(make_plan, serial, said):
     tune.run(plan, say=said.append, executor=serial(plan))
     assert study_of(plan).unfinished == 0
     assert starts(plan.folder.path / "trial-0000") == [0]
+
+
+def test_a_second_trial_reads_the_frozen_encoders_outputs_of_the_first(
+    make_plan, serial, said, search_shards, tmp_path
+):
+    """Counted where they happen: each forward pass of a convolution in this process."""
+    batches = {
+        "image": {"resize": 32, "size": 32, "augment": False},
+        "cache_dir": tmp_path / "cache",
+    }
+    blocks = {
+        "data": {"shards": search_shards, "batches": batches},
+        "model": {"name": "medfuse", "hidden": 4, "fusion_hidden": 4, "depth": 10, "base_width": 4},
+        "optim": {"lr": 1e-2, "group_lr": {"cxr_encoder": 0}},
+    }
+    passes = {}
+
+    def search(name, **changes):
+        plan = make_plan(
+            {"space": SPACE, "trials": 2},
+            name=name,
+            **blocks,
+            train={"epochs": 2, "batch_size": 12, "log_every_steps": 1, **changes},
+        )
+
+        def told(job, kind, value):
+            passes[name, job.number] = passes.get((name, job.number), 0) + counted.pop_all()
+
+        tune.run(plan, say=said.append, executor=serial(plan, told))
+        return plan
+
+    with Convolutions() as counted:
+        plain = search("plain")
+        cached = search("cached", cache_embeddings=True)
+    assert passes["plain", 0] == passes["plain", 1] > 0
+    assert passes["cached", 0] > 0
+    assert passes["cached", 1] == 0
+    for number in range(2):
+        losses = [train_losses(plan, number) for plan in (plain, cached)]
+        assert len(losses[0]) == 6
+        np.testing.assert_allclose(losses[1], losses[0], atol=1e-6, rtol=0)
+
+
+class Convolutions:
+    """Counts forward passes of convolutions of any module in this process."""
+
+    def __enter__(self):
+        self._passes = 0
+        self._handle = register_module_forward_hook(self._count)
+        return self
+
+    def __exit__(self, *error):
+        self._handle.remove()
+
+    def _count(self, module, inputs, output):
+        self._passes += isinstance(module, torch.nn.Conv2d)
+
+    def pop_all(self):
+        """The passes since the last call."""
+        passes, self._passes = self._passes, 0
+        return passes
+
+
+def train_losses(plan, number):
+    lines = metrics_log.read(plan.folder.path / f"trial-{number:04d}" / "metrics")
+    return [line["values"]["loss"] for line in lines if line["kind"] == "train"]
 
 
 def test_pruned_trials_end_early_with_a_checkpoint(make_plan, serial, said):

@@ -1,4 +1,4 @@
-"""An S3 server in this process, and a store in memory that remembers what was done to it."""
+"""A store in memory that remembers what was done to it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-
-CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "test",
-    "AWS_SECRET_ACCESS_KEY": "test",
-    "AWS_EC2_METADATA_DISABLED": "true",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "NO_PROXY": "127.0.0.1",
-    "no_proxy": "127.0.0.1",
-}
 
 
 class Memory:
@@ -67,34 +58,3 @@ class Memory:
 def memory():
     """A Store in memory."""
     return Memory()
-
-
-@pytest.fixture(scope="session")
-def s3_port():
-    """The port of an S3 server whose buckets are moto's own, in this process."""
-    from moto.server import ThreadedMotoServer
-
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in CREDENTIALS.items():
-            environment.setenv(name, value)
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        yield server.get_host_and_port()[1]
-        server.stop()
-
-
-@pytest.fixture
-def s3(s3_port):
-    """`s3(bucket, make=True, prefix="")`: a storage path there, the bucket made first."""
-    import boto3
-
-    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{s3_port}")
-
-    def path(bucket, *, make=True, prefix="runs"):
-        if make:
-            client.create_bucket(Bucket=bucket)
-        query = f"scheme=http&endpoint_override=127.0.0.1:{s3_port}&region=us-east-1"
-        return f"s3://{bucket}/{prefix}?{query}"
-
-    path.client = client
-    return path
