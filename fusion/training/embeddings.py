@@ -24,7 +24,7 @@ from safetensors.torch import save
 
 from data.errors import InputError
 from data.files import PRIVATE, atomic_path, sha256_json
-from fusion.training.agreed import agreed
+from fusion.training.agreed import AgreedError, agreed
 from fusion.training.initialise import digest
 from fusion.training.objective import autocast, images_last
 
@@ -141,7 +141,7 @@ def embed(session: Session, source: Source) -> dict[str, Any]:
         For the log: files that all workers `computed`, and those among them that were `damaged`.
 
     Raises:
-        AgreedError: An image cannot be decoded, or the disk is full.
+        AgreedError: There is no image, one cannot be decoded, or the disk is full.
     """
     strategy, config = session.strategy, session.settings.train
     encoder = encoder_of(strategy.model)
@@ -157,13 +157,17 @@ def embed(session: Session, source: Source) -> dict[str, Any]:
             kept[split] = agreed(strategy, partial(shelf.outputs, compute))
             computed, damaged = computed + shelf.computed, damaged + shelf.damaged
     shapes = [outputs.shape[1:] for outputs in kept.values() if len(outputs)]
-    if shapes:
-        session.image_shape = shapes[0]
-        encoder.forward = PassedOn(shapes[0])
-        session.train, session.val = (
-            Embedded(stream, source.splits[split].rows, kept[split].reshape(-1, *shapes[0]))
-            for split, stream in (("train", session.train), ("val", session.val))
+    if not shapes:
+        raise AgreedError(
+            "train.cache_embeddings: no row of the shards' train and val splits has an image; set "
+            "it to false"
         )
+    session.image_shape = shapes[0]
+    encoder.forward = PassedOn(shapes[0])
+    session.train, session.val = (
+        Embedded(stream, source.splits[split].rows, kept[split].reshape(-1, *shapes[0]))
+        for split, stream in (("train", session.train), ("val", session.val))
+    )
     told = strategy.gather((computed, damaged))
     return {"computed": sum(each[0] for each in told), "damaged": sum(each[1] for each in told)}
 

@@ -162,6 +162,16 @@ def test_a_damaged_file_is_found_and_computed_again(train, tmp_path, caplog):
         assert files[0].read_bytes() == whole
 
 
+def test_shards_without_images_are_refused_and_a_split_without_them_is_not(
+    harness, train, monkeypatch
+):
+    assert train("one", images=())[2].images > 0, "the validation split has some"
+    made = harness.dataset
+    monkeypatch.setattr(harness, "dataset", lambda *given, **_: made(*given, images=()))
+    with pytest.raises(InputError, match=r"cache_embeddings: no row of .* has an image"):
+        train("none")
+
+
 def test_a_full_disk_is_named_and_leaves_nothing_torn(train, tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device")
