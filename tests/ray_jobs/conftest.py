@@ -141,15 +141,17 @@ class Head:
             out, err = process.communicate(timeout=900)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
-    def started(self, *words: str, **variables: str | None) -> subprocess.Popen[str]:
+    def started(
+        self, *words: str, out: Any = subprocess.PIPE, **variables: str | None
+    ) -> subprocess.Popen[str]:
         """Start a command."""
-        merged = {**self.environment, "RAY_API_SERVER_ADDRESS": self.address, **variables}
+        merged = {**self.environment, **variables}
         return subprocess.Popen(
             [str(BIN / "rayfuse"), *words],
             env={name: value for name, value in merged.items() if value is not None},
             cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=out,
+            stderr=out,
             text=True,
             # A shell gives what it runs in the background SIGINT ignored.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -227,6 +229,9 @@ def _head(*, num_cpus: int) -> Iterator[Head]:
         gcs, dashboard, agent, client = _free_ports(4)
         environment = {
             **os.environ,
+            # Ray Train frees a dead trial's CPUs through the state API, and asks which cluster is
+            # meant where several are on one host.
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
