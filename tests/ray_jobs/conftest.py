@@ -141,24 +141,26 @@ class Head:
             out, err = process.communicate(timeout=900)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
-    def started(self, *words: str, **variables: str | None) -> subprocess.Popen[str]:
+    def started(
+        self, *words: str, out: Any = subprocess.PIPE, **variables: str | None
+    ) -> subprocess.Popen[str]:
         """Start a `rayfuse` command."""
-        return self._open([str(BIN / "rayfuse"), *words], variables)
+        return self._open([str(BIN / "rayfuse"), *words], out, variables)
 
     def python(self, *words: str) -> subprocess.Popen[str]:
         """Start Python."""
-        return self._open([sys.executable, *words], {})
+        return self._open([sys.executable, *words], subprocess.PIPE, {})
 
     def _open(
-        self, command: list[str], variables: Mapping[str, str | None]
+        self, command: list[str], out: Any, variables: Mapping[str, str | None]
     ) -> subprocess.Popen[str]:
-        merged = {**self.environment, "RAY_API_SERVER_ADDRESS": self.address, **variables}
+        merged = {**self.environment, **variables}
         return subprocess.Popen(
             command,
             env={name: value for name, value in merged.items() if value is not None},
             cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=out,
+            stderr=out,
             text=True,
             # A shell gives what it runs in the background SIGINT ignored.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -236,6 +238,9 @@ def _head(*, num_cpus: int) -> Iterator[Head]:
         gcs, dashboard, agent, client = _free_ports(4)
         environment = {
             **os.environ,
+            # Ray Train frees a dead trial's CPUs through the state API, and asks which cluster is
+            # meant where several are on one host.
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),

@@ -228,3 +228,40 @@ def test_a_killed_driver_and_ctrl_c_lose_nothing_and_run_nothing_twice(make_plan
     for name in running:
         assert whole_and_once(plan, name)
     assert len(starts(plan, "trial-0002")) >= 1
+
+
+def _kill_a_node_that_trains(head):
+    """SIGKILL the processes, by their ids, of a node beside the head; whether one trains."""
+    for node in head.nodes:
+        family = psutil.Process(node.pid).children(recursive=True)
+        if any("RayTrainWorker" in " ".join(process.cmdline()) for process in family):
+            for process in [psutil.Process(node.pid), *family]:
+                process.kill()
+            return True
+    return False
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_no_trial(make_plan, start_head, tmp_path):
+    plan = make_plan(20, trials=3, metrics={"loss": "min"})
+    names = [f"trial-000{number}" for number in range(3)]
+    with start_head(num_cpus=1) as head:
+        head.add_node()
+        words = ["tune", str(tmp_path / "run.yaml"), str(tmp_path / "search.yaml")]
+        options = ["--name", "one-search", "--no-confirm", "--address", head.gcs]
+        log = tmp_path / "log.txt"
+        with log.open("w") as handle:
+            process = head.started(*words, *options, out=handle)
+        try:
+            wait_for(lambda: all(lines_of(plan, name) for name in names[:2]), process, log)
+            assert _kill_a_node_that_trains(head)
+            assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
+        finally:
+            _end(process)
+    assert [trial.state for trial in study_of(plan).trials] == [TrialState.COMPLETE] * 3
+    # The node held the worker of one trial; it may have held another one's own process.
+    assert sum(len(starts(plan, name)) for name in names) in (4, 5)
+    for name in names:
+        assert whole_and_once(plan, name)
+        outcome = json.loads((plan.folder.path / name / "outcome.json").read_text())
+        assert outcome["epoch"] == 20
