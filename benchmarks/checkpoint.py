@@ -148,14 +148,14 @@ def cost(model: str, saves: int) -> dict:
 def recovery() -> dict:
     """Seconds from the SIGKILL of a worker to the next step, and the stages they pass."""
     from fusion.training import metrics_log
-    from ray_jobs import chaos, cluster
+    from ray_jobs import chaos, chaos_run, cluster
     from ray_jobs import train as train_job
     from ray_jobs.faults import Disturbance, Strikers
     from ray_jobs.runs import RunFolder
 
     seen: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as root, cluster.connect(num_cpus=4):
-        config = chaos.prepare(None, ["train.epochs=2"], Path(root))
+        config = chaos_run.prepare(None, ["train.epochs=2"], Path(root))
         folder, strikers = RunFolder(config.folder), Strikers()
         after = (config.checkpoint.every_steps or 1) + 2
 
@@ -198,7 +198,12 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--models", nargs="*", default=["medfuse", "drfuse"])
     parser.add_argument("--no-recovery", action="store_true")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/checkpoint.json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks/results/checkpoint.json",
+        help="parts not run stay in it",
+    )
     given = parser.parse_args()
     results: dict = {
         "machine": {
@@ -209,13 +214,14 @@ def main() -> None:
         "batch": {"rows": BATCH, "hours": HOURS, "image": IMAGE, "steps_a_cycle": CYCLE},
         "others_on_the_machine": {"load_average_before": os.getloadavg()[0]},
     }
+    before = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {}
     parts = {model: lambda model=model: cost(model, given.saves) for model in given.models}
     if not given.no_recovery:
         parts["recovery"] = recovery
     for name, measure in parts.items():
         results[name] = measure()
         print(json.dumps({name: results[name]}, indent=2), flush=True)
-        write_json(given.out, results)
+        write_json(given.out, before | results)
 
 
 if __name__ == "__main__":
