@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from data.errors import InputError
 from data.files import sha256_json, write_json
@@ -16,20 +16,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-def kept(path: Path, what: str, fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The body of a kept file, fitted and written where it is not there yet.
+
+def kept(
+    path: Path, what: str, fit: Callable[[], dict[str, Any]], build: Callable[[dict[str, Any]], T]
+) -> T:
+    """What a kept file holds, fitted and written where it is not there yet.
 
     Args:
         path: Its name has everything it depends on.
         what: Its name in errors and the log, "normaliser".
         fit: Gives the body, for JSON.
+        build: From the body to what it holds.
 
     Raises:
         InputError: The file was altered or is no such file.
     """
     if path.is_file():
-        return read(path, what)
+        return read(path, what, build)
     body = fit()
     try:
         write_json(path, {**body, "sha256": sha256_json(body)})
@@ -37,11 +42,11 @@ def kept(path: Path, what: str, fit: Callable[[], dict[str, Any]]) -> dict[str, 
         if error.errno not in (errno.EACCES, errno.EROFS):
             raise
         logger.warning("%s is read-only: the %s is fitted in each run", path.parent, what)
-    return body
+    return build(body)
 
 
-def read(path: Path, what: str) -> dict[str, Any]:
-    """The body of a kept file.
+def read(path: Path, what: str, build: Callable[[dict[str, Any]], T]) -> T:
+    """What a kept file holds.
 
     Raises:
         InputError: The file was altered or is no such file.
@@ -50,6 +55,6 @@ def read(path: Path, what: str) -> dict[str, Any]:
         body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if body.pop("sha256") != sha256_json(body):
             raise ValueError("its hash does not hold")
+        return build(body)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: no valid {what} ({error}); delete it") from None
-    return body

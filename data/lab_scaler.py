@@ -148,7 +148,7 @@ def fitted(reader: ShardReader, config: LabColumns) -> LabScaler:
         scaler = fit(reader, reader.rows_of("train"), config)
         return {"columns": [vars(column) for column in scaler.columns]}
 
-    return _built(kept(reader.folder / f"labs-{key[:16]}-train.json", WHAT, body))
+    return kept(reader.folder / f"labs-{key[:16]}-train.json", WHAT, body, _built)
 
 
 def load(path: Path) -> LabScaler:
@@ -157,7 +157,7 @@ def load(path: Path) -> LabScaler:
     Raises:
         InputError: The file was altered or is no such file.
     """
-    return _built(read(path, WHAT))
+    return read(path, WHAT, _built)
 
 
 def _built(body: dict[str, Any]) -> LabScaler:

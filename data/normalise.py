@@ -145,7 +145,7 @@ def fitted(reader: ShardReader) -> Normalizer:
             "stds": list(normalizer.stds),
         }
 
-    return _built(kept(reader.folder / name, WHAT, body))
+    return kept(reader.folder / name, WHAT, body, _built)
 
 
 def load(path: Path) -> Normalizer:
@@ -154,7 +154,7 @@ def load(path: Path) -> Normalizer:
     Raises:
         InputError: The file was altered or is no such file.
     """
-    return _built(read(path, WHAT))
+    return read(path, WHAT, _built)
 
 
 def _built(body: dict[str, Any]) -> Normalizer:

@@ -12,6 +12,7 @@ import pytest
 from data import kept
 from data.batches import BatchConfig
 from data.errors import InputError
+from data.files import sha256_json
 from data.normalise import PUBLISHED, Normalizer, fit, fitted, load, normalizer_for
 from data.reader import ShardReader
 from data.schema import CHANNELS, CONTINUOUS, FEATURE_NAMES
@@ -129,6 +130,11 @@ def test_fitted_statistics_are_kept_beside_the_shards_and_trusted_only_whole(rea
     body["means"][3] += 1.0
     path.write_text(json.dumps(body))
     with pytest.raises(InputError, match=r"no valid normaliser .*hash.*; delete it"):
+        fitted(reader)
+    del body["sha256"]
+    body["means"] = body["means"][:5]
+    path.write_text(json.dumps({**body, "sha256": sha256_json(body)}))
+    with pytest.raises(InputError, match=r"no valid normaliser \(a normaliser has 12 .*delete it"):
         fitted(reader)
 
 
