@@ -89,7 +89,7 @@ def test_the_run_goes_on_on_the_hosts_that_answer(network: Any, make_shards: Cal
     lines = list(metrics_log.follow_files(runs / "cut" / "metrics"))
     (recovered,) = [line["values"] for line in lines if line["values"].get("event") == "recovered"]
     assert recovered["attempt"] == 2
-    assert recovered["replayed"] <= 10, "an interval, and one that was being written"
+    assert recovered["replayed"] <= 5, "at most one checkpoint interval"
     assert recovered["cause"], "the log names it"
     one, other = (read_weights(runs / name / "best")[0] for name in ("undisturbed", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
