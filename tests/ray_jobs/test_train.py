@@ -1,4 +1,4 @@
-"""One run on Ray Train: killed workers, a killed driver; and what a name may claim."""
+"""One run on Ray Train: killed workers, Ctrl-C, a killed driver; and what a name may claim."""
 
 from __future__ import annotations
 
@@ -181,18 +181,34 @@ def test_a_later_run_never_runs_a_frozen_encoder_whose_outputs_are_kept(make_con
 @pytest.mark.usefixtures("ray_session")
 def test_ray_workers_train_alike_under_zero(make_config):
     changes = {"model__dropout": 0.0, "train__epochs": 2}
-    names = ("ddp", "zero3")
+    names = ("ddp", "zero2", "zero3")
     runs = [train.run(make_config(name, scaling__strategy=name, **changes)) for name in names]
-    plain, sharded = (
+    plain, *sharded = (
         [line["values"]["loss"] for line in lines if line["kind"] == "train"]
         for lines in (metrics_log.read(run / "metrics") for run in runs)
     )
     assert len(plain) > 10
     weights = [read_weights(run / "best")[0] for run in runs]
-    assert sharded == pytest.approx(plain, abs=1e-5)
-    assert weights[1].keys() == weights[0].keys()
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, atol=1e-4, rtol=0)
+    for losses, found in zip(sharded, weights[1:], strict=True):
+        assert losses == pytest.approx(plain, abs=1e-5)
+        assert found.keys() == weights[0].keys()
+        for name, value in weights[0].items():
+            torch.testing.assert_close(found[name], value, atol=1e-4, rtol=0)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_ctrl_c_writes_a_checkpoint_and_the_same_call_goes_on(make_config):
+    config = make_config("interrupted", train__epochs=40)
+    _when(config.folder, 5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match="same command"):
+        train.run(config)
+    taken = _updates(config.folder)
+    folder = train.run(config)
+    assert _updates(folder)[: len(taken) + 1] == [*taken, taken[-1] + 1], "the very next step"
+    meta = json.loads((folder / "best" / "meta.json").read_text())
+    assert meta["config"]["name"] == "interrupted"
 
 
 @pytest.mark.ray
