@@ -16,7 +16,7 @@ from fusion.training import checkpoint
 from fusion.training.agreed import AgreedError
 from fusion.training.meter import Meter
 from fusion.training.metrics_log import Log, Silent
-from fusion.training.objective import MicroBatch, census, cut, placeholder
+from fusion.training.objective import MicroBatch, census, cut, even, placeholder
 from fusion.training.optimizers import Schedule, freeze, train_mode
 from fusion.training.predict import Predictions, merge, predict, validation_scores
 from fusion.training.progress import Progress
@@ -155,22 +155,37 @@ def fit(session: Session) -> Ending:
         _note_saved(session)
 
 
-def train_step(session: Session, share: Batch | None, counts: Tensor) -> None:
+def groups(session: Session, share: Batch | None) -> list[list[int]]:
+    """This worker's rows by micro-batch: as the model's tokens ask for, or `accumulation` parts."""
+    train, model = session.settings.train, session.strategy.model
+    if share is None:
+        return [[]]
+    by_tokens = model.passes(share, train.tokens_per_pass) if train.tokens_per_pass else None
+    return even(len(share), train.accumulation) if by_tokens is None else by_tokens
+
+
+def train_step(
+    session: Session, share: Batch | None, counts: Tensor, passes: int | None = None
+) -> None:
     """One step: for each phase, forward and backward over the micro-batches, then the update.
 
     Args:
         session: This worker's.
         share: This worker's rows of the global batch; None where it has none.
         counts: The census of the whole global batch.
+        passes: Micro-batches, the same on every worker: the most that any worker's `groups` are.
+            None on a single worker.
 
     Raises:
         NonFiniteLossError: On every worker alike, before the update.
     """
     strategy, settings = session.strategy, session.settings
     filler = placeholder(session.task.spec, PLACEHOLDER_SIZE)
+    own = groups(session, share)
+    own += [[]] * ((passes or len(own)) - len(own))
     parts = [
         MicroBatch(part.batch.to(strategy.device, non_blocking=True), part.weight)
-        for part in cut(share, settings.train.accumulation, filler)
+        for part in cut(share, own, filler)
     ]
     for number, phase in enumerate(strategy.model.phases):
         for _ in range(phase.repeats):
@@ -231,8 +246,11 @@ def _train_epoch(session: Session) -> bool:
         session.beat("census", progress)
         _note_saved(session)
         asked = [session.stop_requested(), session.saver.due(), session.saver.failing()]
-        totals = strategy.sum(torch.cat([census(share), torch.tensor(asked, dtype=torch.float64)]))
-        stop, due, failed = (totals[-3:] > 0).tolist()
+        wanted = torch.zeros(settings.train.batch_size + settings.train.accumulation)
+        wanted[len(groups(session, share))] = 1
+        told = [census(share), wanted.double(), torch.tensor(asked, dtype=torch.float64)]
+        counts, wanting, votes = strategy.sum(torch.cat(told)).split([len(part) for part in told])
+        stop, due, failed = (votes > 0).tolist()
         if failed:
             session.saver.settle()
         if stop:
@@ -241,7 +259,7 @@ def _train_epoch(session: Session) -> bool:
             return False
         session.beat("step", progress)
         with session.tracer.step(progress.updates):
-            train_step(session, share, totals[:-3])
+            train_step(session, share, counts, passes=int(wanting.nonzero().max()))
         session.speed.stepped(share)
         progress.step += 1
         progress.updates += 1

@@ -137,9 +137,18 @@ def dataset(rows: int, image_size: int = 4, seed: int = 11, images=(0, 1, 2, 3))
                 "has_cxr": row % 8 in images,
                 "targets": (rng.random(CLASSES) < 0.5).astype(np.float32),
                 "findings": (rng.random(14) < 0.3).astype(np.float32),
+                "has_notes": row % 8 != 5,
+                "note": note(row, seed),
             }
         )
     return made
+
+
+def note(row: int, seed: int) -> str:
+    """A few words, whose number differs from row to row."""
+    rng = np.random.default_rng([row, seed])
+    words = ["fever", "chest", "pain", "no", "cough", "edema", "renal", "failure"]
+    return " ".join(words[int(place)] for place in rng.integers(8, size=rng.integers(1, 12)))
 
 
 def collate(rows: list[dict]) -> Batch:
@@ -152,6 +161,7 @@ def collate(rows: list[dict]) -> Batch:
     present = {modality: torch.zeros(len(rows), dtype=torch.bool) for modality in MODALITIES}
     present["ehr"] = torch.tensor([row["has_ehr"] for row in rows])
     present["cxr"] = torch.tensor([row["has_cxr"] for row in rows])
+    present["notes"] = torch.tensor([row["has_notes"] for row in rows])
     return Batch(
         ehr=torch.from_numpy(ehr),
         lengths=torch.tensor([len(row["ehr"]) for row in rows]),
@@ -165,6 +175,8 @@ def collate(rows: list[dict]) -> Batch:
             np.array([row["findings"] for row in images], np.float32).reshape(-1, 14)
         ),
         rows=np.array([row["row"] for row in rows]),
+        notes=tuple(row["note"] for row in rows if row["has_notes"]),
+        notes_index=present["notes"].nonzero().squeeze(1),
     )
 
 
@@ -348,6 +360,10 @@ def main() -> None:
         # Seconds of imports: once here, not in each forked worker.
         importlib.import_module("deepspeed.runtime.zero.stage3")
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    if any(job.model == "note_llm" for job in jobs):
+        for family in ("llama", "bert"):
+            importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        importlib.import_module("peft")
     Path(sys.argv[2]).write_text(json.dumps([run(job) for job in jobs]))
 
 
