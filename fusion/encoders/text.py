@@ -32,7 +32,7 @@ from fusion.encoders.text_base import (
     load_quantised,
     refuse_long,
 )
-from fusion.encoders.text_tokens import Tally, Tokenizer, Tokens
+from fusion.encoders.text_tokens import Tokenizer, Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,7 +88,6 @@ class TextEncoder(nn.Module):
         base: Where its weights came from.
         tokenizer: From texts to ids.
         width: D.
-        tally: What has been read in training mode.
     """
 
     def __init__(self, options: TextOptions) -> None:
@@ -102,7 +101,6 @@ class TextEncoder(nn.Module):
         self.base = find_base(options.backbone, revision=options.revision, offline=options.offline)
         refuse_long(self.base, options.max_length)
         self.tokenizer = Tokenizer(self.base, options.max_length, options.pad_token)
-        self.tally = Tally()
         self.width: int = self.base.config.hidden_size
         self._pools_first = self.base.family.pooling == "first"
         self._packs = options.layout == "packed"
@@ -139,9 +137,6 @@ class TextEncoder(nn.Module):
 
     def forward(self, texts: Sequence[Tokens]) -> Tensor:
         """N >= 1 texts to [N, D] float32."""
-        if self.training:
-            for text in texts:
-                self.tally.add(text)
         ids = [text.ids for text in texts]
         device = next(self.model.parameters()).device
         low = torch.autocast(device.type, dtype=torch.bfloat16) if self._low else nullcontext()
@@ -156,7 +151,7 @@ class TextEncoder(nn.Module):
                 last = valid.sum(1) - 1
                 pooled = states[rows, torch.zeros_like(last) if self._pools_first else last]
             if self._pools_first:
-                pooled = self.model.pooler(pooled[:, None])
+                pooled = self.model.get_submodule("pooler")(pooled[:, None])
         return pooled.float()
 
 

@@ -209,9 +209,10 @@ class WeightFiles:
         from safetensors import safe_open
 
         path, stored = self._at[name]
-        # Closed after each, or all of the file would count as this process's memory.
-        with safe_open(path, "pt") as handle:  # type: ignore[no-untyped-call]
-            value: Tensor = handle.get_tensor(stored).clone()
+        # Closed after each, or all of the file would count as this process's memory. What is
+        # given lies in the file until it is copied.
+        with safe_open(path, "pt") as handle:
+            value: Tensor = handle.get_tensor(stored)
         assert value.shape == shape
         return value
 
@@ -258,14 +259,17 @@ def load_backbone(base: Base, source: Source, dtype: torch.dtype, attention: str
     if isinstance(source, WeightFiles):
         source.check(shapes)
     place = placement.current()
+    # Planning builds models without memory; nothing is read for it.
+    reads = place.reads and torch.get_default_device().type != "meta"
+    # One buffer for all that only passes through here: freed ones would stay with the process.
+    passing = torch.empty(0 if reads else max(map(torch.Size.numel, shapes.values())), dtype=dtype)
     for prefix, module in backbone.named_modules():
         for name, shape in [(n, p.shape) for n, p in module.named_parameters(recurse=False)]:
             full = f"{prefix}.{name}" if prefix else name
-            # Planning builds models without memory; nothing is read for it.
-            reads = place.reads and torch.get_default_device().type != "meta"
-            value = source.tensor(full, shape) if reads else torch.empty(shape, dtype=dtype)
-            held = value if value.is_meta else value.to(place.device, dtype)
-            parameter = nn.Parameter(held, requires_grad=False)
+            value = source.tensor(full, shape) if reads else passing[: shape.numel()].view(shape)
+            if not value.is_meta:
+                value = value.to(place.device, dtype, copy=not place.shards)
+            parameter = nn.Parameter(value, requires_grad=False)
             module.register_parameter(name, parameter)
             place.keep([parameter])
     return backbone
@@ -302,7 +306,8 @@ def _without_memory() -> Iterator[None]:
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(to_meta)
+    hook: Any = to_meta  # what it gives takes the parameter's place; torch's types do not say so
+    handle = register_module_parameter_registration_hook(hook)
     try:
         yield
     finally:
@@ -339,7 +344,7 @@ def _listing(folder: Path) -> dict[str, Path]:
             "whose weights are in safetensors files, or set model.random_weights"
         )
     try:
-        with safe_open(path, "pt") as handle:  # type: ignore[no-untyped-call]
+        with safe_open(path, "pt") as handle:
             return dict.fromkeys(handle.keys(), path)
     except SafetensorError as error:
         raise InputError(
@@ -352,7 +357,7 @@ def _stored_shapes(at: dict[str, tuple[Path, str]]) -> dict[str, torch.Size]:
 
     shapes: dict[str, torch.Size] = {}
     for path in {path for path, _ in at.values()}:
-        with safe_open(path, "pt") as handle:  # type: ignore[no-untyped-call]
+        with safe_open(path, "pt") as handle:
             shapes |= {
                 name: torch.Size(handle.get_slice(stored).get_shape())
                 for name, (file, stored) in at.items()

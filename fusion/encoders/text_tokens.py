@@ -43,7 +43,7 @@ class Tally:
         tokens: Their tokens.
         notes_cut, labs_cut: Texts of which a part of the note, of the results, was left out.
         tokens_cut: Tokens left out in all.
-        empty: Texts without any content.
+        empty: Rows without any text.
     """
 
     texts: int = 0
@@ -53,14 +53,16 @@ class Tally:
     tokens_cut: int = 0
     empty: int = 0
 
-    def add(self, one: Tokens) -> None:
-        """Count a text."""
+    def add(self, one: Tokens | None) -> None:
+        """Count a row's text; None where it has none."""
+        if one is None:
+            self.empty += 1
+            return
         self.texts += 1
         self.tokens += len(one.ids)
         self.notes_cut += one.note_cut > 0
         self.labs_cut += one.labs_cut > 0
         self.tokens_cut += one.note_cut + one.labs_cut
-        self.empty += one.empty
 
     def take(self) -> dict[str, int]:
         """The counts, which begin again at 0."""

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from fusion.encoders.text import TextEncoder, TextOptions
+from fusion.encoders.text_tokens import Tally
 from fusion.layers.present import STAND_INS, PresentRows
 from fusion.losses.focal import focal_by_class
 from fusion.losses.rows import term
@@ -65,10 +66,14 @@ class NoteLLM(FusionModel, name="note_llm"):
         self.text = TextEncoder(config)
         self.dropout = nn.Dropout(config.head_dropout)
         self.head = self._new_head()
+        self._tally = Tally()
 
     def forward(self, batch: Batch) -> Output:
         """One pass over a batch."""
         texts = self._texts(batch)
+        if self.training and len(batch.rows):
+            for text in texts:
+                self._tally.add(text)
         device = batch.targets.device
         index = [row for row, text in enumerate(texts) if text is not None]
         rows = PresentRows(
@@ -104,7 +109,7 @@ class NoteLLM(FusionModel, name="note_llm"):
 
     def tally(self) -> dict[str, float]:
         """Texts read, and what the limit of their length cut."""
-        return {f"text_{name}": float(count) for name, count in self.text.tally.take().items()}
+        return {f"text_{name}": float(count) for name, count in self._tally.take().items()}
 
     def _texts(self, batch: Batch) -> list[Tokens | None]:
         """[B] a row's tokens; None where it has no text."""

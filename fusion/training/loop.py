@@ -16,7 +16,7 @@ from fusion.training import checkpoint
 from fusion.training.agreed import AgreedError
 from fusion.training.meter import Meter
 from fusion.training.metrics_log import Log, Silent
-from fusion.training.objective import MicroBatch, census, cut, even, placeholder
+from fusion.training.objective import N_PATTERNS, MicroBatch, census, cut, even, placeholder
 from fusion.training.optimizers import Schedule, freeze, train_mode
 from fusion.training.predict import Predictions, merge, predict, validation_scores
 from fusion.training.progress import Progress
@@ -249,8 +249,8 @@ def _train_epoch(session: Session) -> bool:
         wanted = torch.zeros(settings.train.batch_size + settings.train.accumulation)
         wanted[len(groups(session, share))] = 1
         told = [census(share), wanted.double(), torch.tensor(asked, dtype=torch.float64)]
-        counts, wanting, votes = strategy.sum(torch.cat(told)).split([len(part) for part in told])
-        stop, due, failed = (votes > 0).tolist()
+        totals = strategy.sum(torch.cat(told))
+        stop, due, failed = (totals[-3:] > 0).tolist()
         if failed:
             session.saver.settle()
         if stop:
@@ -259,7 +259,8 @@ def _train_epoch(session: Session) -> bool:
             return False
         session.beat("step", progress)
         with session.tracer.step(progress.updates):
-            train_step(session, share, counts, passes=int(wanting.nonzero().max()))
+            passes = int(totals[N_PATTERNS:-3].nonzero().max())
+            train_step(session, share, totals[:N_PATTERNS], passes)
         session.speed.stepped(share)
         progress.step += 1
         progress.updates += 1
@@ -342,12 +343,22 @@ def _log_training(session: Session) -> None:
     meter, session.meter = session.meter, Meter()
     means = meter.means(session.strategy)
     if means:
+        means |= _tallied(session)
         of = _steps(session) * session.settings.train.trained_epochs
         values = {**means, "lr": _rate(session), "steps": meter.steps, "of": of}
         session.log.write("train", session.progress, values)
     precision = session.settings.train.precision
     if speed := session.speed.values(session.strategy, precision):
         session.log.write("speed", session.progress, speed)
+
+
+def _tallied(session: Session) -> dict[str, float]:
+    """What all workers' models have read since the last line."""
+    read = session.strategy.model.tally()
+    if not read:
+        return {}
+    counts = session.strategy.sum(torch.tensor(list(read.values()), dtype=torch.float64))
+    return dict(zip(read, counts.tolist(), strict=True))
 
 
 def _rate(session: Session) -> float:

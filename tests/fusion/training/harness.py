@@ -7,6 +7,7 @@ conftest.py loads the same file as a module for tests that need one worker only.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -33,6 +34,7 @@ from fusion.training import loop
 from fusion.training.agreed import AgreedError
 from fusion.training.config import CheckpointConfig, TrainConfig
 from fusion.training.optim import OptimConfig
+from fusion.training.restore import start
 from fusion.training.strategy import DataParallel, build_strategy
 
 CLASSES = 3
@@ -105,6 +107,8 @@ class Job:
     seed: int = 3
     rows: int = 17
     images: tuple = (0, 1, 2, 3)
+    silent: tuple = (5,)
+    measure: bool = False
     kill_rank: int | None = None
     kill_at: int = -1
     stop_at: int = -1
@@ -120,8 +124,13 @@ class Job:
     deaf: bool = False
 
 
-def dataset(rows: int, image_size: int = 4, seed: int = 11, images=(0, 1, 2, 3)) -> list[dict]:
-    """Rows one by one; those of `images` in every eight have images, row 3 has no series."""
+def dataset(
+    rows: int, image_size: int = 4, seed: int = 11, images=(0, 1, 2, 3), silent=(5,)
+) -> list[dict]:
+    """Rows one by one; those of `images` in every eight have images, row 3 has no series.
+
+    Those of `silent` in every eight have no note.
+    """
     rng = np.random.default_rng(seed)
     made = []
     for row in range(rows):
@@ -137,7 +146,7 @@ def dataset(rows: int, image_size: int = 4, seed: int = 11, images=(0, 1, 2, 3))
                 "has_cxr": row % 8 in images,
                 "targets": (rng.random(CLASSES) < 0.5).astype(np.float32),
                 "findings": (rng.random(14) < 0.3).astype(np.float32),
-                "has_notes": row % 8 != 5,
+                "has_notes": row % 8 not in silent,
                 "note": note(row, seed),
             }
         )
@@ -269,7 +278,7 @@ def session(job: Job, rank: int = 0) -> loop.Session:
     )
     strategy.persistent_elements = job.whole_elements
     size = 4 if job.model == "toy" else 32
-    rows = dataset(job.rows, size, images=job.images)
+    rows = dataset(job.rows, size, images=job.images, silent=job.silent)
     if job.poison is not None:
         rows[job.poison]["ehr"][:] = np.nan
     task, chosen = Task(SPEC), settings(job)
@@ -313,6 +322,9 @@ def run_worker(job: Job, rank: int, store: str) -> None:
         deafen(job.strategy)
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
+    if job.measure:
+        (out / f"rank-{rank}.json").write_text(json.dumps(measured(job, rank)))
+        return
     made = session(job, rank)
     error = None
     try:
@@ -325,6 +337,22 @@ def run_worker(job: Job, rank: int, store: str) -> None:
     result = {"ending": ending, "error": error, "progress": made.progress.dump()}
     result["used"] = made.train.used
     (out / f"rank-{rank}.json").write_text(json.dumps({**result, "lines": made.log.lines}))
+
+
+def measured(job: Job, rank: int) -> dict[str, float]:
+    """MiB of memory that building the model takes at most, and holds once training could begin."""
+
+    def resident(line: str) -> float:
+        status = Path("/proc/self/status").read_text()
+        return float(status.split(f"{line}:")[1].split()[0]) / 1024
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    made = session(job, rank)
+    built = resident("VmHWM") - before
+    start(made)
+    return {"peak": built, "held": resident("VmRSS") - before}
 
 
 def whole_weights(strategy) -> dict[str, torch.Tensor]:
