@@ -17,7 +17,7 @@ from fusion.training.agreed import AgreedError
 from fusion.training.embeddings import encoder_of
 from fusion.training.meter import Meter
 from fusion.training.metrics_log import Log, Silent
-from fusion.training.objective import N_PATTERNS, MicroBatch, census, cut, even, placeholder
+from fusion.training.objective import N_PATTERNS, MicroBatch, census, cut, groups, placeholder
 from fusion.training.optimizers import Schedule, freeze, train_mode
 from fusion.training.predict import Predictions, merge, predict, validation_scores
 from fusion.training.progress import Progress
@@ -169,15 +169,6 @@ def fit(session: Session) -> Ending:
         _note_saved(session)
 
 
-def groups(session: Session, share: Batch | None) -> list[list[int]]:
-    """This worker's rows by micro-batch: as the model's tokens ask for, or `accumulation` parts."""
-    train, model = session.settings.train, session.strategy.model
-    if share is None:
-        return [[]]
-    by_tokens = model.passes(share, train.tokens_per_pass) if train.tokens_per_pass else None
-    return even(len(share), train.accumulation) if by_tokens is None else by_tokens
-
-
 def train_step(
     session: Session, share: Batch | None, counts: Tensor, passes: int | None = None
 ) -> None:
@@ -194,7 +185,7 @@ def train_step(
         NonFiniteLossError: On every worker alike, before the update.
     """
     strategy, settings = session.strategy, session.settings
-    own = groups(session, share)
+    own = groups(strategy.model, settings.train, share)
     own += [[]] * ((passes or len(own)) - len(own))
     parts = [
         MicroBatch(part.batch.to(strategy.device, non_blocking=True), part.weight)
@@ -260,7 +251,7 @@ def _train_epoch(session: Session) -> bool:
         _note_saved(session)
         asked = [session.stop_requested(), session.saver.due(), session.saver.failing()]
         wanted = torch.zeros(settings.train.batch_size + settings.train.accumulation)
-        wanted[len(groups(session, share))] = 1
+        wanted[len(groups(strategy.model, settings.train, share))] = 1
         told = [census(share), wanted.double(), torch.tensor(asked, dtype=torch.float64)]
         totals = strategy.sum(torch.cat(told))
         stop, due, failed = (totals[-3:] > 0).tolist()

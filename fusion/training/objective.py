@@ -81,11 +81,19 @@ def even(rows: int, parts: int) -> list[list[int]]:
     return [list(range(*pair)) for pair in pairwise(borders)]
 
 
-def cut(share: Batch | None, groups: list[list[int]], filler: Batch) -> list[MicroBatch]:
-    """A share's rows in groups, each rising; empty ones run the filler."""
+def groups(model: FusionModel, config: TrainConfig, share: Batch | None) -> list[list[int]]:
+    """A share's rows by micro-batch: as the model's tokens ask for, or `accumulation` parts."""
+    if share is None:
+        return [[]]
+    by_tokens = model.passes(share, config.tokens_per_pass) if config.tokens_per_pass else None
+    return even(len(share), config.accumulation) if by_tokens is None else by_tokens
+
+
+def cut(share: Batch | None, pieces: list[list[int]], filler: Batch) -> list[MicroBatch]:
+    """A share's rows in `pieces`, each rising; empty ones run the filler."""
     return [
         MicroBatch(_rows(share, group)) if share is not None and group else MicroBatch(filler, 0.0)
-        for group in groups
+        for group in pieces
     ]
 
 
