@@ -16,7 +16,7 @@ from data.config import Config
 from fusion import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -75,6 +75,21 @@ class Phase:
     repeats: int = 1
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Frozen weights that a model's constructor reads from elsewhere, and no checkpoint holds.
+
+    Attributes:
+        source: Where from, in words.
+        names: Of parameters and buffers.
+        digest: Gives the SHA-256 of the source's content, wherever it lies; it may read all of it.
+    """
+
+    source: str
+    names: frozenset[str]
+    digest: Callable[[], str]
+
+
 class FusionModel(nn.Module, ABC):
     """Base of every model; `class X(FusionModel, name="x")` in fusion/models/x.py registers it."""
 
@@ -114,6 +129,21 @@ class FusionModel(nn.Module, ABC):
         sharding strategy takes its parameters apart from then on.
         """
         super().__init__()
+
+    def references(self) -> dict[str, Reference]:
+        """Frozen weights that the constructor read, by the prefix they lie below."""
+        return {}
+
+    def passes(self, batch: Batch, tokens: int) -> list[list[int]] | None:
+        """Rows of a batch in groups, each of which one pass holds within `tokens` tokens.
+
+        None leaves the cutting to `train.accumulation`.
+        """
+        return None
+
+    def tally(self) -> dict[str, float]:
+        """Counts of what was read in training since it was last asked, for the log."""
+        return {}
 
     @abstractmethod
     def forward(self, batch: Batch) -> Output:

@@ -64,16 +64,15 @@ def load(run_folder: Path) -> Trained:
     from data.tasks import task_spec
     from fusion import registry
     from fusion.training.checkpoint import read_weights
+    from fusion.training.references import fill
 
     config = load_config(run_folder)
     weights, meta = read_weights(RunFolder(run_folder).best)
     model = registry.get(config.model.name)(config.model, task_spec(config.task))  # type: ignore[attr-defined]
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(
-            f"{RunFolder(run_folder).best}: the weights are not of this config's model ({error})"
-        ) from None
+        fill(model, weights, meta)
+    except InputError as error:
+        raise InputError(f"{RunFolder(run_folder).best}: {error}") from None
     if config.scaling.use_gpu and torch.cuda.is_available():
         model = model.to("cuda")
     return Trained(config, model, meta)

@@ -100,7 +100,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [
             value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)
         ]
-        if tensors and not any(isinstance(value, FakeTensor) for value in tensors):
+        real = tensors and not any(isinstance(value, FakeTensor) for value in tensors)
+        # A tensor made of numbers is real until it is lifted.
+        if real and func is not aten.lift_fresh.default:
             with unset_fake_temporarily():
                 return func(*args, **kwargs)  # on the sizes of packed steps
         out = self._run(func, args, kwargs)

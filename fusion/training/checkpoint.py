@@ -69,6 +69,8 @@ class Meta(BaseModel):
     """Path below the checkpoint -> SHA-256."""
     base: dict[str, Base]
     """By prefix of `init_from`."""
+    referenced: dict[str, Base] = {}
+    """What the model's constructor reads itself, by prefix."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ class TrainConfig(Config):
     """Rows of a global batch, whatever the number of workers."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches a worker's share of a step is cut into."""
+    tokens_per_pass: int | None = Field(default=16384, ge=1)
+    """For models that read text: most tokens, padding counted, of a micro-batch. Each worker sorts
+    its rows of a step by length and cuts them so, instead of into `accumulation` parts; the step is
+    the same. A text longer than that has a pass of its own. null cuts by `accumulation`."""
     patience: int = Field(default=15, ge=1)
     """Epochs without a better selection metric before stopping."""
     selection_metric: Literal["auroc", "auprc"] = "auroc"

@@ -13,6 +13,7 @@ import torch
 from data.errors import InputError
 from fusion.training.checkpoint import Base, read_weights
 from fusion.training.optim import matches
+from fusion.training.references import refuse_other_base, stored_references
 from fusion.weights import read_state
 
 if TYPE_CHECKING:
@@ -23,16 +24,20 @@ if TYPE_CHECKING:
 
 
 def initial_weights(
-    shapes: Mapping[str, torch.Size], sources: Mapping[str, Path]
+    shapes: Mapping[str, torch.Size],
+    sources: Mapping[str, Path],
+    referenced: Mapping[str, Base] | None = None,
 ) -> dict[str, Tensor]:
     """Every parameter and buffer below each prefix from its source, under the same name.
 
     Args:
         shapes: Of the model's parameters and buffers.
         sources: Prefix ("" is the whole model) -> run folder (its best/), or weights file.
+        referenced: What the model's constructor has read, by prefix.
 
     Raises:
-        InputError: A source cannot be read, or lacks a name, or has it in another shape.
+        InputError: A source cannot be read, or lacks a name, or has it in another shape, or was
+            trained on another base.
     """
     weights: dict[str, Tensor] = {}
     for prefix, source in sources.items():
@@ -42,7 +47,7 @@ def initial_weights(
             raise InputError(
                 f"init_from.{prefix}: the model has no such submodule; it has {', '.join(tops)}"
             )
-        found = _read(source)
+        found = _read(source, referenced or {})
         for name in wanted:
             weights[name] = _matching(found, name, shapes[name], f"init_from.{prefix}: {source}")
     return weights
@@ -114,9 +119,15 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _read(source: Path) -> dict[str, Tensor]:
+def _read(source: Path, referenced: Mapping[str, Base] | None = None) -> dict[str, Tensor]:
     if source.is_dir():
-        return read_weights(source / "best" if (source / "best").is_dir() else source)[0]
+        best = source / "best" if (source / "best").is_dir() else source
+        weights, meta = read_weights(best)
+        for prefix, stored in stored_references(meta).items():
+            if referenced is not None:
+                here = referenced.get(prefix)
+                refuse_other_base(prefix, stored, here.sha256 if here else None)
+        return weights
     if not source.is_file():
         raise InputError(f"init_from: {source} does not exist; give a run folder or weights file")
     return read_state(source)

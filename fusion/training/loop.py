@@ -17,7 +17,7 @@ from fusion.training.agreed import AgreedError
 from fusion.training.embeddings import encoder_of
 from fusion.training.meter import Meter
 from fusion.training.metrics_log import Log, Silent
-from fusion.training.objective import MicroBatch, census, cut, placeholder
+from fusion.training.objective import N_PATTERNS, MicroBatch, census, cut, groups, placeholder
 from fusion.training.optimizers import Schedule, freeze, train_mode
 from fusion.training.predict import Predictions, merge, predict, validation_scores
 from fusion.training.progress import Progress
@@ -169,21 +169,27 @@ def fit(session: Session) -> Ending:
         _note_saved(session)
 
 
-def train_step(session: Session, share: Batch | None, counts: Tensor) -> None:
+def train_step(
+    session: Session, share: Batch | None, counts: Tensor, passes: int | None = None
+) -> None:
     """One step: for each phase, forward and backward over the micro-batches, then the update.
 
     Args:
         session: This worker's.
         share: This worker's rows of the global batch; None where it has none.
         counts: The census of the whole global batch.
+        passes: Micro-batches, the same on every worker: the most that any worker's `groups` are.
+            None on a single worker.
 
     Raises:
         NonFiniteLossError: On every worker alike, before the update.
     """
     strategy, settings = session.strategy, session.settings
+    own = groups(strategy.model, settings.train, share)
+    own += [[]] * ((passes or len(own)) - len(own))
     parts = [
         MicroBatch(part.batch.to(strategy.device, non_blocking=True), part.weight)
-        for part in cut(share, settings.train.accumulation, session.filler)
+        for part in cut(share, own, session.filler)
     ]
     for number, phase in enumerate(strategy.model.phases):
         for _ in range(phase.repeats):
@@ -244,7 +250,10 @@ def _train_epoch(session: Session) -> bool:
         session.beat("census", progress)
         _note_saved(session)
         asked = [session.stop_requested(), session.saver.due(), session.saver.failing()]
-        totals = strategy.sum(torch.cat([census(share), torch.tensor(asked, dtype=torch.float64)]))
+        wanted = torch.zeros(settings.train.batch_size + settings.train.accumulation)
+        wanted[len(groups(strategy.model, settings.train, share))] = 1
+        told = [census(share), wanted.double(), torch.tensor(asked, dtype=torch.float64)]
+        totals = strategy.sum(torch.cat(told))
         stop, due, failed = (totals[-3:] > 0).tolist()
         if failed:
             session.saver.settle()
@@ -254,7 +263,8 @@ def _train_epoch(session: Session) -> bool:
             return False
         session.beat("step", progress)
         with session.tracer.step(progress.updates):
-            train_step(session, share, totals[:-3])
+            passes = int(totals[N_PATTERNS:-3].nonzero().max())
+            train_step(session, share, totals[:N_PATTERNS], passes)
         session.speed.stepped(share)
         progress.step += 1
         progress.updates += 1
@@ -337,12 +347,22 @@ def _log_training(session: Session) -> None:
     meter, session.meter = session.meter, Meter()
     means = meter.means(session.strategy)
     if means:
+        means |= _tallied(session)
         of = _steps(session) * session.settings.train.trained_epochs
         values = {**means, "lr": _rate(session), "steps": meter.steps, "of": of}
         session.log.write("train", session.progress, values)
     precision = session.settings.train.precision
     if speed := session.speed.values(session.strategy, precision):
         session.log.write("speed", session.progress, speed)
+
+
+def _tallied(session: Session) -> dict[str, float]:
+    """What all workers' models have read since the last line."""
+    read = session.strategy.model.tally()
+    if not read:
+        return {}
+    counts = session.strategy.sum(torch.tensor(list(read.values()), dtype=torch.float64))
+    return dict(zip(read, counts.tolist(), strict=True))
 
 
 def _rate(session: Session) -> float:

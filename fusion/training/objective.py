@@ -7,6 +7,7 @@ micro-batches, that the term counts; the census taken before the forward pass kn
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,23 +75,35 @@ def placeholder(spec: TaskSpec, image_shape: Sequence[int]) -> Batch:
     )
 
 
-def cut(share: Batch | None, parts: int, filler: Batch) -> list[MicroBatch]:
-    """Cut a share into `parts` runs of rows as even as may be; empty ones run the filler."""
+def even(rows: int, parts: int) -> list[list[int]]:
+    """Rows in `parts` runs as even as may be; some are empty where there are fewer rows."""
+    borders = [round(part * rows / parts) for part in range(parts + 1)]
+    return [list(range(*pair)) for pair in pairwise(borders)]
+
+
+def groups(model: FusionModel, config: TrainConfig, share: Batch | None) -> list[list[int]]:
+    """A share's rows by micro-batch: as the model's tokens ask for, or `accumulation` parts."""
     if share is None:
-        return [MicroBatch(filler, 0.0)] * parts
-    borders = [round(part * len(share) / parts) for part in range(parts + 1)]
-    pieces = [slice(borders[part], borders[part + 1]) for part in range(parts)]
+        return [[]]
+    by_tokens = model.passes(share, config.tokens_per_pass) if config.tokens_per_pass else None
+    return even(len(share), config.accumulation) if by_tokens is None else by_tokens
+
+
+def cut(share: Batch | None, pieces: list[list[int]], filler: Batch) -> list[MicroBatch]:
+    """A share's rows in `pieces`, each rising; empty ones run the filler."""
     return [
-        MicroBatch(_rows(share, piece)) if piece.stop > piece.start else MicroBatch(filler, 0.0)
-        for piece in pieces
+        MicroBatch(_rows(share, group)) if share is not None and group else MicroBatch(filler, 0.0)
+        for group in pieces
     ]
 
 
-def _rows(batch: Batch, piece: slice) -> Batch:
-    if piece == slice(0, len(batch)):
+def _rows(batch: Batch, piece: list[int]) -> Batch:
+    if len(piece) == len(batch):
         return batch
-    images = (batch.cxr_index >= piece.start) & (batch.cxr_index < piece.stop)
-    noted = (batch.notes_index >= piece.start) & (batch.notes_index < piece.stop)
+    place = torch.full((len(batch),), -1)
+    place[piece] = torch.arange(len(piece))
+    place = place.to(batch.cxr_index.device)
+    images, noted = place[batch.cxr_index] >= 0, place[batch.notes_index] >= 0
     texts = zip(batch.notes, noted.tolist(), strict=True)
     lengths = batch.lengths[piece]
     return replace(
@@ -98,16 +111,16 @@ def _rows(batch: Batch, piece: slice) -> Batch:
         ehr=batch.ehr[piece, : int(lengths.max())],
         lengths=lengths,
         cxr=batch.cxr[images],
-        cxr_index=batch.cxr_index[images] - piece.start,
+        cxr_index=place[batch.cxr_index[images]],
         present={name: mask[piece] for name, mask in batch.present.items()},
         targets=batch.targets[piece],
         cxr_targets=batch.cxr_targets[images],
         rows=batch.rows[piece],
         notes=tuple(text for text, inside in texts if inside),
-        notes_index=batch.notes_index[noted] - piece.start,
-        lab_texts=batch.lab_texts[piece],
-        labs=batch.labs[piece],
-        labs_observed=batch.labs_observed[piece],
+        notes_index=place[batch.notes_index[noted]],
+        lab_texts=tuple(batch.lab_texts[row] for row in piece) if batch.lab_texts else (),
+        labs=batch.labs[piece] if len(batch.labs) else batch.labs,
+        labs_observed=batch.labs_observed[piece] if len(batch.labs) else batch.labs_observed,
     )
 
 

@@ -9,6 +9,7 @@ from fusion.training.agreed import AgreedError, agreed
 from fusion.training.embeddings import embed
 from fusion.training.initialise import frozen_base, initial_weights, read_base
 from fusion.training.objective import Objective
+from fusion.training.references import read_references, refuse_other_base
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +35,9 @@ def start(session: Session) -> None:
     found = strategy.share(mine)
     assert found is not None
     held = checkpoint.read(found)
-    shapes = strategy.shapes()
+    saver.referenced = read_references(strategy)
+    elsewhere = {name for base in saver.referenced.values() for name in base.names}
+    shapes = {name: shape for name, shape in strategy.shapes().items() if name not in elsewhere}
     weights = agreed(strategy, lambda: _first_weights(session, held, shapes))
     if fault := strategy.share(saver.lacking_space(shapes)):
         raise AgreedError(fault)
@@ -68,10 +71,13 @@ def _first_weights(
     model, sources = session.strategy.model, session.init_from
     frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
     if held is None:
-        given = initial_weights(shapes, sources)
+        given = initial_weights(shapes, sources, session.saver.referenced)
         session.saver.base = frozen_base(given, sources, frozen)
         return given
     held.refuse_other_data(session.document)
+    for prefix, stored in held.meta.referenced.items():
+        here = session.saver.referenced.get(prefix)
+        refuse_other_base(prefix, stored, here.sha256 if here else None)
     base = read_base(held.meta.base, sources)
     session.saver.base = frozen_base(base, sources, frozen)
     return held.weights(shapes, base)

@@ -67,6 +67,8 @@ class Saver:
     Attributes:
         folder: The run's; checkpoints/ and best/ are in it.
         base: Frozen parameters that checkpoints leave to their sources, by prefix of `init_from`.
+        referenced: Frozen parameters that checkpoints and best/ leave to what the model's
+            constructor reads, by prefix.
         clock: Seconds, from any moment on; of the age of checkpoints.
         on_written: Told on each worker of every file it has written, once it is whole, always from
             one thread, which is not the one that trains. The order is one in which files may be
@@ -80,6 +82,7 @@ class Saver:
         self.strategy = strategy
         self.config = config
         self.base: dict[str, Base] = {}
+        self.referenced: dict[str, Base] = {}
         self.clock: Callable[[], float] = time.monotonic
         self.on_written: Callable[[Path], None] = lambda path: None
         self.on_removed: Callable[[Path], None] = lambda path: None
@@ -135,8 +138,8 @@ class Saver:
         if self.strategy.rank:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
-        left_out = self._left_out()
-        sizes = {name: 4 * shape.numel() for name, shape in shapes.items()}
+        left_out, elsewhere = self._left_out(), _names(self.referenced)
+        sizes = {name: 4 * shape.numel() for name, shape in shapes.items() if name not in elsewhere}
         saved = sum(size for name, size in sizes.items() if name not in left_out)
         keep = self.config.num_to_keep
         needed = 3 * saved * (keep + 1) + 2 * sum(sizes.values())
@@ -164,7 +167,6 @@ class Saver:
         self.settle()
         began = time.monotonic()
         strategy, threads = self.strategy, self._pool()
-        base = {prefix: each.model_dump(mode="json") for prefix, each in self.base.items()}
         attempt = self._begin(self.checkpoints / f"step-{progress.updates:08d}")
         parts = {
             "weights.safetensors": self._weights(self._left_out()),
@@ -180,7 +182,8 @@ class Saver:
                 "schedule": schedule.dump(),
                 "format": FORMAT,
                 "world": strategy.world,
-                "base": base,
+                "base": _dumped(self.base),
+                "referenced": _dumped(self.referenced),
             }
             whole = threads.submit(self._complete, attempt, meta, part)
         self._flight = Flight(
@@ -239,7 +242,7 @@ class Saver:
         strategy, best = self.strategy, self.folder / "best"
         folder = parts_name(progress.updates, strategy.share(uuid.uuid4().hex))
         name = f"{folder}/{rank_folder(strategy.rank)}.safetensors"
-        tensors = self._weights(frozenset())
+        tensors = self._weights(_names(self.referenced))
 
         def write() -> str:
             digest = write_tensors(best / name, tensors)
@@ -254,6 +257,7 @@ class Saver:
         if strategy.rank == 0:
             about = {"progress": progress.dump(), "selected": selected, "files": files}
             meta = {**document, **about, "world": strategy.world}
+            meta["referenced"] = _dumped(self.referenced)
             switched = threads.submit(switch, best, meta, self.on_written, self.on_removed)
         raise_alike(strategy, "best/", failure(switched))
 
@@ -271,7 +275,7 @@ class Saver:
         return Attempt(target, strategy.share(uuid.uuid4().hex))
 
     def _left_out(self) -> frozenset[str]:
-        return frozenset(name for base in self.base.values() for name in base.names)
+        return _names(self.base) | _names(self.referenced)
 
     def _weights(self, left_out: frozenset[str]) -> dict[str, Tensor]:
         """Copies of the parameters that this worker owns; on worker 0, of its buffers too."""
@@ -339,3 +343,11 @@ class Saver:
         (checkpoint / COMPLETE).unlink(missing_ok=True)
         if checkpoint.is_dir():
             shutil.rmtree(checkpoint)
+
+
+def _names(bases: Mapping[str, Base]) -> frozenset[str]:
+    return frozenset(name for base in bases.values() for name in base.names)
+
+
+def _dumped(bases: Mapping[str, Base]) -> dict[str, Any]:
+    return {prefix: base.model_dump(mode="json") for prefix, base in bases.items()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from data.errors import InputError
+from fusion import placement
 from fusion.training import batch_norm
 from fusion.training.optimizers import build_optimizers, phase_parameters
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from data.schema import Batch
     from fusion.model import FusionModel, Output
+    from fusion.placement import Placement
     from fusion.training.config import Offload, StrategyName, TrainConfig
     from fusion.training.objective import Objective
     from fusion.training.optim import OptimConfig
@@ -152,11 +154,15 @@ class Single:
 
     def build(self, factory: Callable[[], FusionModel], config: TrainConfig) -> FusionModel:
         """Build the model on this worker's device."""
-        model = factory().to(self.device)
+        with placement.placing(self._placement()):
+            model = factory().to(self.device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.model = model
         return model
+
+    def _placement(self) -> Placement:
+        return placement.Whole(self.device)
 
     def shapes(self) -> dict[str, torch.Size]:
         """The whole shape of every parameter and persistent buffer, by name."""

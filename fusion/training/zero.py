@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from data.errors import InputError
+from fusion import placement
 from fusion.model import FusionModel
 from fusion.training.gradient_order import GradientOrder
 from fusion.training.optimizers import PhasedAdam, build_phased_optimizer, phase_parameters
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from data.schema import Batch
     from fusion.model import Output
+    from fusion.placement import Placement
     from fusion.training.config import Offload, TrainConfig
     from fusion.training.objective import Objective
     from fusion.training.optim import OptimConfig
@@ -104,6 +106,11 @@ class Zero(DataParallel):
             model = super().build(factory, config)
         self._shard(model)
         return model
+
+    def _placement(self) -> Placement:
+        if self.stage < 3:
+            return super()._placement()
+        return placement.Sharded(self.device, self.rank, self._shard)
 
     def shapes(self) -> dict[str, torch.Size]:
         """The whole shape of every parameter and persistent buffer, by name."""

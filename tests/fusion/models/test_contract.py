@@ -69,7 +69,7 @@ def test_is_registered_under_its_file_name_with_documented_numbers(name):
     model = registry.get(name)
     assert model.name == name
     assert model.__module__ == f"fusion.models.{name}"
-    assert set(model.modalities) <= {"ehr", "cxr"}
+    assert set(model.modalities) <= {"ehr", "cxr", "notes", "labs"}
     assert model.Config(name=name).name == name
     undocumented = [
         field
@@ -172,7 +172,7 @@ def test_evaluation_does_not_depend_on_the_other_rows(name, make_batch):
 
 
 def single(batch: Batch, row: int) -> Batch:
-    images = batch.cxr_index == row
+    images, noted = batch.cxr_index == row, batch.notes_index == row
     return replace(
         batch,
         ehr=batch.ehr[row : row + 1, : batch.lengths[row]],
@@ -183,6 +183,9 @@ def single(batch: Batch, row: int) -> Batch:
         targets=batch.targets[row : row + 1],
         cxr_targets=batch.cxr_targets[images],
         rows=batch.rows[row : row + 1],
+        notes=tuple(note for note, own in zip(batch.notes, noted, strict=True) if own),
+        notes_index=torch.zeros(int(noted.sum()), dtype=torch.int64),
+        lab_texts=batch.lab_texts[row : row + 1],
     )
 
 

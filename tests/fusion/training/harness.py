@@ -7,6 +7,7 @@ conftest.py loads the same file as a module for tests that need one worker only.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -34,6 +35,7 @@ from fusion.training.agreed import AgreedError
 from fusion.training.config import CheckpointConfig, TrainConfig
 from fusion.training.embeddings import ImageRows, Source
 from fusion.training.optim import OptimConfig
+from fusion.training.restore import start
 from fusion.training.strategy import DataParallel, build_strategy
 
 CLASSES = 3
@@ -106,6 +108,8 @@ class Job:
     seed: int = 3
     rows: int = 17
     images: tuple = (0, 1, 2, 3)
+    silent: tuple = (5,)
+    measure: bool = False
     kill_rank: int | None = None
     kill_at: int = -1
     stop_at: int = -1
@@ -122,8 +126,13 @@ class Job:
     embeddings: str | None = None
 
 
-def dataset(rows: int, image_size: int = 4, seed: int = 11, images=(0, 1, 2, 3)) -> list[dict]:
-    """Rows one by one; those of `images` in every eight have images, row 3 has no series."""
+def dataset(
+    rows: int, image_size: int = 4, seed: int = 11, images=(0, 1, 2, 3), silent=(5,)
+) -> list[dict]:
+    """Rows one by one; those of `images` in every eight have images, row 3 has no series.
+
+    Those of `silent` in every eight have no note.
+    """
     rng = np.random.default_rng(seed)
     made = []
     for row in range(rows):
@@ -139,9 +148,18 @@ def dataset(rows: int, image_size: int = 4, seed: int = 11, images=(0, 1, 2, 3))
                 "has_cxr": row % 8 in images,
                 "targets": (rng.random(CLASSES) < 0.5).astype(np.float32),
                 "findings": (rng.random(14) < 0.3).astype(np.float32),
+                "has_notes": row % 8 not in silent,
+                "note": note(row, seed),
             }
         )
     return made
+
+
+def note(row: int, seed: int) -> str:
+    """A few words, whose number differs from row to row."""
+    rng = np.random.default_rng([row, seed])
+    words = ["fever", "chest", "pain", "no", "cough", "edema", "renal", "failure"]
+    return " ".join(words[int(place)] for place in rng.integers(8, size=rng.integers(1, 12)))
 
 
 def collate(rows: list[dict]) -> Batch:
@@ -154,6 +172,7 @@ def collate(rows: list[dict]) -> Batch:
     present = {modality: torch.zeros(len(rows), dtype=torch.bool) for modality in MODALITIES}
     present["ehr"] = torch.tensor([row["has_ehr"] for row in rows])
     present["cxr"] = torch.tensor([row["has_cxr"] for row in rows])
+    present["notes"] = torch.tensor([row["has_notes"] for row in rows])
     return Batch(
         ehr=torch.from_numpy(ehr),
         lengths=torch.tensor([len(row["ehr"]) for row in rows]),
@@ -167,6 +186,8 @@ def collate(rows: list[dict]) -> Batch:
             np.array([row["findings"] for row in images], np.float32).reshape(-1, 14)
         ),
         rows=np.array([row["row"] for row in rows]),
+        notes=tuple(row["note"] for row in rows if row["has_notes"]),
+        notes_index=present["notes"].nonzero().squeeze(1),
     )
 
 
@@ -282,7 +303,7 @@ def session(job: Job, rank: int = 0) -> loop.Session:
     )
     strategy.persistent_elements = job.whole_elements
     size = 4 if job.model == "toy" else 32
-    rows = dataset(job.rows, size, images=job.images)
+    rows = dataset(job.rows, size, images=job.images, silent=job.silent)
     if job.poison is not None:
         rows[job.poison]["ehr"][:] = np.nan
     task, chosen = Task(SPEC), settings(job)
@@ -330,6 +351,9 @@ def run_worker(job: Job, rank: int, store: str) -> None:
         deafen(job.strategy)
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
+    if job.measure:
+        (out / f"rank-{rank}.json").write_text(json.dumps(measured(job, rank)))
+        return
     made = session(job, rank)
     layers = Layers(made.strategy.model) if made.strategy.model.image_encoder else None
     error = None
@@ -344,6 +368,22 @@ def run_worker(job: Job, rank: int, store: str) -> None:
     result["used"] = made.train.used if job.embeddings is None else None
     result["encoder"] = vars(layers) if layers else None
     (out / f"rank-{rank}.json").write_text(json.dumps({**result, "lines": made.log.lines}))
+
+
+def measured(job: Job, rank: int) -> dict[str, float]:
+    """MiB of memory that building the model takes at most, and holds once training could begin."""
+
+    def resident(line: str) -> float:
+        status = Path("/proc/self/status").read_text()
+        return float(status.split(f"{line}:")[1].split()[0]) / 1024
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    made = session(job, rank)
+    built = resident("VmHWM") - before
+    start(made)
+    return {"peak": built, "held": resident("VmRSS") - before}
 
 
 def whole_weights(strategy) -> dict[str, torch.Tensor]:
@@ -379,6 +419,10 @@ def main() -> None:
         # Seconds of imports: once here, not in each forked worker.
         importlib.import_module("deepspeed.runtime.zero.stage3")
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    if any(job.model == "note_llm" for job in jobs):
+        for family in ("llama", "bert"):
+            importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        importlib.import_module("peft")
     Path(sys.argv[2]).write_text(json.dumps([run(job) for job in jobs]))
 
 

@@ -16,7 +16,7 @@ from data.errors import InputError
 from data.schema import MODALITIES
 from fusion.training import metrics_log
 from fusion.training.initialise import initial_weights
-from fusion.training.objective import census, cut, placeholder, population
+from fusion.training.objective import census, cut, even, placeholder, population
 from fusion.training.predict import selection_score
 from fusion.training.progress import Progress
 from fusion.training.strategy import Single
@@ -39,7 +39,7 @@ def test_cutting_keeps_every_row_and_image_once(harness, rows, parts):
     made = harness.dataset(rows)
     batch = harness.collate(made)
     filler = placeholder(harness.SPEC, (3, 32, 32))
-    pieces = cut(batch, parts, filler)
+    pieces = cut(batch, even(rows, parts), filler)
     assert len(pieces) == parts
     real = [piece.batch for piece in pieces if piece.weight]
     assert all(piece.batch is filler for piece in pieces if not piece.weight)
@@ -66,7 +66,8 @@ def test_cutting_takes_notes_and_labs_along(harness):
         labs=torch.arange(7.0)[:, None].expand(7, 2),
         labs_observed=torch.arange(7)[:, None].expand(7, 2) % 2 == 0,
     )
-    pieces = [piece.batch for piece in cut(batch, 3, placeholder(harness.SPEC, (3, 32, 32)))]
+    filler = placeholder(harness.SPEC, (3, 32, 32))
+    pieces = [piece.batch for piece in cut(batch, even(7, 3), filler)]
     assert [piece.rows.tolist() for piece in pieces] == [[0, 1], [2, 3, 4], [5, 6]]
     for piece in pieces:
         rows = piece.rows.tolist()
