@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from data.schema import MODALITIES, N_FEATURES, Batch
-from fusion.training.batch_norm import collective_statistics
+from fusion.collective import collective_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
