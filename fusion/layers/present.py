@@ -131,6 +131,18 @@ def present_labs(batch: Batch, items: int) -> tuple[Tensor, Tensor]:
     return values, observed
 
 
+class StandIn(nn.Module):
+    """A learned vector for rows that lack a modality."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.empty(width).uniform_(-0.1, 0.1))
+
+    def forward(self, encoded: Tensor, available: Tensor) -> Tensor:
+        """[B, D] with the vector where `available` ([B] bool) is False."""
+        return torch.where(available[:, None], encoded, self.vector.to(encoded.dtype))
+
+
 def keep_present(encoded: Tensor, present: Tensor) -> Tensor:
     """[B, ...] with the rows where `present` ([B] bool) is False set to zero."""
     return torch.where(_over_rows(present, encoded), encoded, 0.0)

@@ -6,13 +6,13 @@ length nor loss of this stage; what stands here is documented choice.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
 
 from fusion.encoders.text import TextEncoder, TextOptions
+from fusion.encoders.text_base import TINY_LLAMA
 from fusion.encoders.text_tokens import Tally
 from fusion.losses.focal import FocalOptions, focal_terms
 from fusion.model import FusionModel, Output, Phase, Reference
@@ -20,8 +20,6 @@ from fusion.model import FusionModel, Output, Phase, Reference
 if TYPE_CHECKING:
     from data.schema import Batch
     from data.tasks import TaskSpec
-
-TINY_LLAMA = Path(__file__).parents[1] / "encoders" / "tiny_llama"
 
 
 class NoteLLM(FusionModel, name="note_llm"):

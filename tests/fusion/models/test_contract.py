@@ -186,6 +186,9 @@ def single(batch: Batch, row: int) -> Batch:
         notes=tuple(note for note, own in zip(batch.notes, noted, strict=True) if own),
         notes_index=torch.zeros(int(noted.sum()), dtype=torch.int64),
         lab_texts=batch.lab_texts[row : row + 1],
+        labs=batch.labs[row : row + 1],
+        labs_observed=batch.labs_observed[row : row + 1],
+        draws=batch.draws[row : row + 1],
     )
 
 
