@@ -121,7 +121,7 @@ def present_labs(batch: Batch, items: int) -> tuple[Tensor, Tensor]:
     if columns > items:
         raise InputError(
             f"the lab matrix has {columns} columns, but the model reads {items}: set model.items "
-            "to at least data.labs.top"
+            "to at least data.batches.labs.top"
         )
     values = batch.targets.new_zeros(len(batch), items)
     observed = torch.zeros_like(values, dtype=torch.bool)
