@@ -44,7 +44,7 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
     A row without text has zeros for A, whose LayerNorm makes its learned bias of them. A row
     without results, which the cohort has none of, has a learned vector for B.
 
-    Submodules: text, labs, no_labs, fusion (disentangled), head, critic (lambda > 0).
+    Submodules: text, labs, no_labs, fusion, head, critic; `concat` has neither fusion nor critic.
     Features: `text` A, `labs` B, and with disentangled fusion `text_specific` s_a, `labs_specific`
     s_b, `shared` s_c.
     """
@@ -91,7 +91,7 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
         append_one: bool = False
         """Keep each token itself beside the outer product."""
         mi_weight: float = Field(default=0.1, ge=0, le=1)
-        """Lambda; at 0 there is no critic."""
+        """Lambda; at 0 no pass asks the critic, and no phase trains it."""
         mi_update: Literal["alternating", "joint", "printed"] = "alternating"
         """`alternating`: the critic has its own updates before the network's, each with a pass of
         its own. `joint`: both in one pass, each minimising its own. `printed`: one sum of all, as
@@ -108,8 +108,8 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
             return self
 
         @property
-        def has_critic(self) -> bool:
-            """Whether mutual information is measured at all."""
+        def weighs_information(self) -> bool:
+            """Whether there is an MI loss."""
             return self.fusion == "disentangled" and self.mi_weight > 0
 
     def __init__(self, config: Config, task: TaskSpec) -> None:
@@ -132,7 +132,6 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
                 append_one=config.append_one,
             )
             self.head = DenseFusion(**common)
-        if config.has_critic:
             self.critic = ConditionalGaussian(
                 inputs=2 * config.width, outputs=config.width, hidden=config.critic_hidden
             )
@@ -158,7 +157,7 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
         features |= {"text_specific": s_a, "labs_specific": s_b, "shared": s_c}
         logits = self.head(s_a, s_b, s_c).float()
         terms = focal_terms(logits, batch, self.config)
-        if self.config.has_critic:
+        if self.config.weighs_information:
             terms |= self._information(batch, torch.cat((s_a, s_b), 1), s_c)
         return Output(logits, features, terms)
 
@@ -198,11 +197,11 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
 
     def _phases(self) -> tuple[Phase, ...]:
         objective = (self.config.term,)
-        if not self.config.has_critic:
-            return (Phase(terms=objective),)
+        network = tuple(name for name, _ in self.named_children() if name != "critic")
+        if not self.config.weighs_information:
+            return (Phase(parameters=network, terms=objective),)
         if self.config.mi_update != "alternating":
             return (Phase(terms=(*objective, "vclub", "nll")),)
-        network = tuple(name for name, _ in self.named_children() if name != "critic")
         return (
             Phase("critic", ("critic",), ("nll",), repeats=self.config.critic_updates),
             Phase("all", network, (*objective, "vclub")),
