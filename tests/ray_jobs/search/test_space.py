@@ -19,6 +19,8 @@ SHIPPED = {
     "drfuse-carebench": "drfuse/drfuse-full.yaml",
     "drfuse-wide": "drfuse/drfuse-full.yaml",
     "medfuse-lr": "medfuse/medfuse-pt-mortality.yaml",
+    "medfuse-llm": "medfuse_llm/joint.yaml",
+    "medfuse-llm-lambda": "medfuse_llm/full.yaml",
     "medfuse-unpaired": "medfuse/medfuse-optimal-mortality.yaml",
 }
 
