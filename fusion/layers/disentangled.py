@@ -129,7 +129,8 @@ class DisentangledLayer(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[B, m, D] each, in heads."""
-        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        split = (len(query), query.shape[1], self.heads, -1)
+        q, k, v = (x.reshape(split).transpose(1, 2) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
 

@@ -120,9 +120,10 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
         self.labs = LabEncoder(config.labs, config.items) if config.use_labs else None
         self.no_labs = StandIn(config.labs.dim)
         inputs = (self.text.width, config.labs.dim)
-        common = {"width": config.width, "classes": classes, "dropout": config.dropout}
         if config.fusion == "concat":
-            self.head: nn.Module = ConcatPerceptron(inputs=inputs, **common)
+            self.head: nn.Module = ConcatPerceptron(
+                inputs=inputs, width=config.width, classes=classes, dropout=config.dropout
+            )
         else:
             self.fusion = DisentangledTransformer(
                 inputs=inputs,
@@ -131,7 +132,7 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
                 ),
                 append_one=config.append_one,
             )
-            self.head = DenseFusion(**common)
+            self.head = DenseFusion(width=config.width, classes=classes, dropout=config.dropout)
             self.critic = ConditionalGaussian(
                 inputs=2 * config.width, outputs=config.width, hidden=config.critic_hidden
             )
@@ -187,9 +188,11 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
         weight, printed = self.config.mi_weight, self.config.mi_update == "printed"
         x, y = x.float(), F.layer_norm(y.float(), y.shape[1:])
         counted = torch.full((len(y),), bool(len(batch.rows)), device=y.device)
-        given = (x, y) if printed else (x.detach(), y.detach())
-        likelihood = log_likelihood(*self.critic(given[0]), given[1])
-        by_row = vclub_by_row(*self.critic(x, not printed), y, counted)
+        given, told = (x, y) if printed else (x.detach(), y.detach())
+        mean, log_variance = self.critic(given)
+        likelihood = log_likelihood(mean, log_variance, told)
+        mean, log_variance = self.critic(x, not printed)
+        by_row = vclub_by_row(mean, log_variance, y, counted)
         return {
             "nll": term(-likelihood, batch, (), -weight if printed else 1.0),
             "vclub": term(by_row, batch, (), weight),
