@@ -303,8 +303,9 @@ def _validate(session: Session) -> None:
     except InputError as error:
         raise AgreedError(str(error)) from None
     scores, loss = strategy.share((own, predictions.loss / len(predictions.rows)))
-    better = progress.record(scores[metric], lowest=session.settings.train.lowest_is_best)
-    session.schedule.step(loss)
+    lowest = session.settings.train.lowest_is_best
+    better = progress.record(scores[metric], lowest=lowest)
+    session.schedule.step(scores[metric] if lowest else loss)
     session.schedule.apply(strategy.optimizers)
     values = {**scores, "loss": loss, "lr": _rate(session), "rows": len(predictions.rows)}
     session.log.write("val", progress, {**values, "best": better})
