@@ -75,12 +75,7 @@ class LabEncoder(nn.Module):
         self.options = options
         self.items = items
         self.width = options.dim
-        columns = 1 if options.shared_wb else items
-        bound = options.dim**-0.5
-        self.weight = nn.Parameter(torch.empty(columns, options.dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(columns, options.dim).uniform_(-bound, bound))
-        self.positions = LabPositions(options, items)
-        self.cls = nn.Parameter(torch.empty(options.dim).uniform_(-0.1, 0.1))
+        self.embedding = LabEmbedding(options, items)
         self.blocks = lab_blocks(options, options.encoder_depth)
         self.norm = nn.LayerNorm(options.dim)
 
@@ -91,10 +86,7 @@ class LabEncoder(nn.Module):
             labs: [B, K] float32, scaled to [0, 1]; anything, NaN too, where `observed` is False.
             observed: [B, K] bool, True = seen. A row without any is its class token alone.
         """
-        values = torch.where(observed, labs, 0.0)[:, :, None]
-        embedded = self.positions(values * self.weight + self.bias)
-        first = self.cls.expand(len(labs), 1, self.width).to(embedded.dtype)
-        states = torch.cat((first, embedded), 1)
+        states = self.embedding(torch.where(observed, labs, 0.0))
         mask = torch.cat((torch.ones_like(observed[:, :1]), observed), 1)
         for block in self.blocks:
             states = block(states, src_key_padding_mask=~mask)
@@ -106,6 +98,29 @@ class LabEncoder(nn.Module):
             return encoded.tokens[:, 0]
         count = encoded.mask.sum(1, keepdim=True).to(encoded.tokens.dtype)
         return encoded.tokens.sum(1) / count
+
+
+class LabEmbedding(nn.Module):
+    """A token of each value, and the class token before them.
+
+    It is a module of its own for sharded weights, which are gathered by the tensors that a module
+    takes and gives.
+    """
+
+    def __init__(self, options: LabOptions, items: int) -> None:
+        super().__init__()
+        columns = 1 if options.shared_wb else items
+        bound = options.dim**-0.5
+        self.weight = nn.Parameter(torch.empty(columns, options.dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(columns, options.dim).uniform_(-bound, bound))
+        self.cls = nn.Parameter(torch.empty(options.dim).uniform_(-0.1, 0.1))
+        self.positions = LabPositions(options, items)
+
+    def forward(self, labs: Tensor) -> Tensor:
+        """[B, K] values to [B, K + 1, D]."""
+        embedded = self.positions(labs[:, :, None] * self.weight + self.bias)
+        first = self.cls.expand(len(labs), 1, -1).to(embedded.dtype)
+        return torch.cat((first, embedded), 1)
 
 
 class LabPositions(nn.Module):

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from data.tasks import TaskSpec
 
 
+SIZES = {"tokens", "token_width", "width", "heads", "layers", "dropout", "append_one"}
+
+
 class MedFuseLLM(FusionModel, name="medfuse_llm"):
     """Text vector A, lab vector B; what is specific to each and what they share; a dense head.
 
@@ -127,10 +130,7 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
         else:
             self.fusion = DisentangledTransformer(
                 inputs=inputs,
-                **config.model_dump(
-                    include={"tokens", "token_width", "width", "heads", "layers", "dropout"}
-                ),
-                append_one=config.append_one,
+                **config.model_dump(include=SIZES),
             )
             self.head = DenseFusion(width=config.width, classes=classes, dropout=config.dropout)
             self.critic = ConditionalGaussian(

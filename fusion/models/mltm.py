@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from data.errors import InputError
-from fusion.encoders.labs import LabEncoder, LabOptions, LabPositions, LabTokens, lab_blocks
+from fusion.encoders.labs import LabEncoder, LabOptions, LabPositions, lab_blocks
 from fusion.layers.present import present_labs
 from fusion.model import FusionModel, Output, Term
 
@@ -73,7 +73,8 @@ class MLTM(FusionModel, name="mltm"):
         labs, observed = present_labs(batch, self.config.items)
         masked = self.mask(batch, observed)
         seen = observed & ~masked
-        told = self.decoder(self.labs(labs, seen)).float()
+        encoded = self.labs(labs, seen)
+        told = self.decoder(encoded.tokens, encoded.mask).float()
         errors = (told - labs).square()
         terms = {
             name: Term(torch.where(which, errors, 0.0).sum())
@@ -129,11 +130,11 @@ class LabDecoder(nn.Module):
         self.norm = nn.LayerNorm(options.dim)
         self.value = nn.Linear(options.dim, 1)
 
-    def forward(self, encoded: LabTokens) -> Tensor:
-        """[B, K] values in (0, 1)."""
-        embedded = self.embedding(encoded.tokens)
+    def forward(self, encoded: Tensor, mask: Tensor) -> Tensor:
+        """The encoder's [B, K + 1, D] tokens and [B, K + 1] mask to [B, K] values in (0, 1)."""
+        embedded = self.embedding(encoded)
         unseen = self.unseen.to(embedded.dtype)
-        tokens = torch.where(encoded.mask[:, :, None], embedded, unseen)
+        tokens = torch.where(mask[:, :, None], embedded, unseen)
         states = torch.cat((tokens[:, :1], self.positions(tokens[:, 1:])), 1)
         for block in self.blocks:
             states = block(states)

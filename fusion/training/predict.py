@@ -186,7 +186,7 @@ def _joined(parts: list[dict[str, Any]], classes: int) -> Predictions:
     empty = np.zeros((0, classes), np.float32)
     if not parts:
         return Predictions(np.zeros(0, np.int64), empty, empty, empty)
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    columns: dict[str, Any] = {n: np.concatenate([part[n] for part in parts]) for n in parts[0]}
     kept = {name: columns.pop(name) for name in list(columns) if name.startswith("features/")}
     return Predictions(
         **columns,

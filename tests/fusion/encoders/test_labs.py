@@ -55,14 +55,16 @@ def test_a_row_is_what_its_seen_items_alone_give(encoder, table):
     labs, observed = table
     encoded = encoder(labs, observed)
     pooled = encoder.pool(encoded)
-    shared = encoder.options.shared_wb
+    shared, embedding = encoder.options.shared_wb, encoder.embedding
     for row in range(len(labs)):
         seen = observed[row].nonzero().squeeze(1).tolist()
-        tokens = [encoder.cls]
+        tokens = [embedding.cls]
         for item in seen:
             column = 0 if shared else item
-            value = labs[row, item] * encoder.weight[column] + encoder.bias[column]
-            tokens.append(value + encoder.positions.table[item])
+            value = (
+                labs[row, item] * encoder.embedding.weight[column] + encoder.embedding.bias[column]
+            )
+            tokens.append(value + encoder.embedding.positions.table[item])
         states = torch.stack(tokens)[None]
         for block in encoder.blocks:
             states = block(states)
@@ -80,10 +82,10 @@ def test_it_is_equivariant_to_the_order_of_items_with_their_positions(encoder, t
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     usual = encoder(labs, observed)
     with torch.no_grad():
-        encoder.positions.table.copy_(encoder.positions.table[order])
+        encoder.embedding.positions.table.copy_(encoder.embedding.positions.table[order])
         if not encoder.options.shared_wb:
-            encoder.weight.copy_(encoder.weight[order])
-            encoder.bias.copy_(encoder.bias[order])
+            encoder.embedding.weight.copy_(encoder.embedding.weight[order])
+            encoder.embedding.bias.copy_(encoder.embedding.bias[order])
     moved = encoder(labs[:, order], observed[:, order])
     torch.testing.assert_close(moved.tokens[:, 0], usual.tokens[:, 0], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(
