@@ -63,7 +63,7 @@ def outcomes(job, run):
     jobs = {name: job(name, name) for name in ("single", "ddp-2")}
     jobs["text"] = job("text", model="note_llm", optim={"lr": 1e-2}, train={"epochs": 1})
     sources = {"text": jobs["text"].folder, "labs": jobs["single"].folder}
-    jobs["frozen"] = job("frozen", init_from=sources, optim=FROZEN)
+    jobs["frozen"] = job("frozen", init_from=sources, optim=FROZEN, train={"epochs": 5})
     return run(jobs)
 
 
@@ -117,4 +117,4 @@ def test_a_fusion_on_branches_that_are_frozen_as_they_were_trained(outcomes):
     assert {"fusion", "head", "critic", "no_labs"} <= tops
     assert set(meta["referenced"]) == {"text"}
     curve = frozen.curve("all/focal")
-    assert curve[-1] < curve[0]
+    assert sum(curve[-3:]) < 0.9 * sum(curve[:3]), "by epoch"
