@@ -185,7 +185,7 @@ def worker(case: dict[str, Any], rank: int, world: int, store: str) -> None:
         for _ in range(2):
             Path("/proc/self/clear_refs").write_text("5")
             began = time.perf_counter()
-            loop.train_step(session, batch, strategy.sum(census(batch)))
+            loop.train_step(session, batch, strategy.sum(census(batch, strategy.model)))
             seconds = time.perf_counter() - began
             peaks.append(_status("VmHWM") - base)
     print(json.dumps({"base": base, "peak": peaks[-1], "first": peaks[0], "seconds": seconds}))

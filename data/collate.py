@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from data.errors import InputError
+from data.plan import row_words
 from data.schema import N_FEATURES, Batch
 from data.series import expand
 from data.transforms import IMAGENET_MEAN, IMAGENET_STD, pixels
@@ -54,6 +55,7 @@ class PackedBatch:
             not decoded.
         cxr_index: [P] int64, the row of each image.
         rows: [B] int64, row ids.
+        draws: [B] uint64, `data.plan.row_words`.
     """
 
     ehr: NDArray[np.float32]
@@ -61,6 +63,7 @@ class PackedBatch:
     grey: NDArray[np.uint8]
     cxr_index: Rows
     rows: Rows
+    draws: NDArray[np.uint64]
 
 
 class Packer:
@@ -104,6 +107,7 @@ class Packer:
             grey=grey,
             cxr_index=with_image.astype(np.int64),
             rows=rows,
+            draws=row_words(self._seed, epoch, rows),
         )
 
 
@@ -140,6 +144,7 @@ def to_batch(packed: PackedBatch, reader: Source) -> Batch:
         targets=torch.from_numpy(reader.labels[rows]),
         cxr_targets=torch.from_numpy(reader.cxr_labels[rows[packed.cxr_index]]),
         rows=rows,
+        draws=packed.draws,
     )
 
 

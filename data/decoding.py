@@ -25,6 +25,7 @@ import numpy as np
 
 from data.collate import PackedBatch, Packer
 from data.errors import InputError
+from data.plan import row_words
 from data.reader import ShardReader
 from data.schema import N_FEATURES
 
@@ -185,6 +186,7 @@ class _Process:
             grey=grey,
             cxr_index=reply.cxr_index,
             rows=share.rows,
+            draws=row_words(self._recipe.seed, share.epoch, share.rows),
         )
 
     def drain(self) -> None:

@@ -97,7 +97,7 @@ class BatchLoader:
         fraction = self.config.withhold_cxr if self._recipe.train else 0.0
         mask = withheld(self._recipe.seed, epoch, step, len(rows), fraction)
         part = split_evenly(len(rows), self._rank, self._world_size)
-        return Share(rows[part], epoch, mask[part])
+        return Share(rows[part], epoch if self._recipe.train else 0, mask[part])
 
     def _finish(self, packed: PackedBatch) -> Batch:
         batch = to_batch(packed, self.reader)

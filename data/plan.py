@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     UNPAIRED = 3
     WITHHOLD = 4
     AUGMENT = 5
+    ROW = 6
 
 
 def draw(seed: int, purpose: Purpose, epoch: int, index: int, count: int) -> NDArray[np.uint64]:
@@ -42,6 +43,12 @@ def draw(seed: int, purpose: Purpose, epoch: int, index: int, count: int) -> NDA
 def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Words as float64 in [0, 1)."""
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def row_words(seed: int, epoch: int, rows: Rows) -> NDArray[np.uint64]:
+    """[B] a word of each row ([B] row ids) in an epoch, whatever batch the row is in."""
+    words = [draw(seed, Purpose.ROW, epoch, row, 1)[0] for row in rows.tolist()]
+    return np.array(words, np.uint64)
 
 
 def permutation(seed: int, purpose: Purpose, epoch: int, index: int, count: int) -> Rows:

@@ -186,6 +186,12 @@ def _no_labs_observed() -> torch.Tensor:
     return torch.empty(0, 0, dtype=torch.bool)
 
 
+def _no_draws() -> np.ndarray:
+    import numpy as np
+
+    return np.empty(0, np.uint64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Rows of one step on one device.
@@ -205,6 +211,8 @@ class Batch:
         lab_texts: B sentences of abnormal results, empty where there is none; () without labs.
         labs: [B, K] float32, scaled, zero where unobserved; [B, 0] or [0, 0] without labs.
         labs_observed: [B, K] bool, True = observed.
+        draws: [B] uint64, a random word of each row, for models that draw: it depends on (seed,
+            epoch, row) alone, and a split that is evaluated is always in epoch 0.
     """
 
     ehr: torch.Tensor
@@ -220,6 +228,7 @@ class Batch:
     lab_texts: tuple[str, ...] = field(default=(), repr=False)
     labs: torch.Tensor = field(default_factory=_no_labs)
     labs_observed: torch.Tensor = field(default_factory=_no_labs_observed)
+    draws: np.ndarray = field(default_factory=_no_draws, repr=False)
 
     def __len__(self) -> int:
         """The number of rows B."""

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
 from data.config import Config
@@ -29,7 +30,8 @@ class Term:
     """A loss as a sum over rows, never a mean.
 
     The loop divides by the number of rows, over all ranks and micro-batches of the step, that have
-    every modality in `over`, so that a mean over paired rows is the same on 1 and on 3 workers.
+    every modality in `over`, so that a mean over paired rows is the same on 1 and on 3 workers. A
+    term among the model's `counted` is a sum over values, and divided by their number.
 
     Attributes:
         sum: Scalar: the sum over those rows (of a mean over classes or features within a row).
@@ -102,6 +104,9 @@ class FusionModel(nn.Module, ABC):
     image_encoder: ClassVar[str | None] = None
     """Submodule by whose forward pass alone it sees images, so that outputs [P, ...] of that pass
     may come in their place."""
+    counted: ClassVar[tuple[str, ...]] = ()
+    """Terms that are means over values (`counts` says how many), not over rows. Validation tells
+    them, and `train.selection_metric` may name one: the lowest is best."""
     TINY: ClassVar[Mapping[str, Any]] = {}
     """Overrides of its Config that build in milliseconds, for tests."""
 
@@ -140,6 +145,10 @@ class FusionModel(nn.Module, ABC):
         None leaves the cutting to `train.accumulation`.
         """
         return None
+
+    def counts(self, batch: Batch) -> Tensor:
+        """[len(counted)] float64 on the CPU: the values of each counted term, before any pass."""
+        return torch.zeros(len(self.counted), dtype=torch.float64)
 
     def tally(self) -> dict[str, float]:
         """Counts of what was read in training since it was last asked, for the log."""

@@ -17,7 +17,7 @@ from data.switches import ExtractConfig, Sources
 from data.tasks import task_spec
 from fusion import registry
 from fusion.metrics.config import EvaluateConfig
-from fusion.training.config import CheckpointConfig, Offload, StrategyName, TrainConfig
+from fusion.training.config import SCORES, CheckpointConfig, Offload, StrategyName, TrainConfig
 from fusion.training.optim import OptimConfig
 from ray_jobs import storage
 
@@ -149,6 +149,17 @@ class RunConfig(Config):
             raise ValueError(
                 f"model.name={kind.name} reads {', '.join(kind.modalities)}, but task={self.task} "
                 f"holds {', '.join(spec.modalities)}: choose another model or task"
+            )
+        if self.train.selection_metric not in (metrics := (*SCORES, *kind.counted)):
+            raise ValueError(
+                f"train.selection_metric={self.train.selection_metric}: model.name={kind.name} has "
+                f"no such score; choose one of {', '.join(metrics)}"
+            )
+        items, top = getattr(self.model, "items", None), self.data.batches.labs.top
+        if items is not None and items < top:
+            raise ValueError(
+                f"model.items ({items}) is less than data.batches.labs.top ({top}): set the first "
+                "to the second"
             )
         missing = [prefix for prefix in kind.pretrained if prefix not in self.init_from]
         if missing and "" not in self.init_from:

@@ -99,7 +99,7 @@ class Reporter:
 
     def _validated(self, line: dict[str, Any]) -> None:
         values = line["values"]
-        metric = next(name for name in values if name in ("auroc", "auprc"))  # selects, so first
+        metric = next(iter(values))  # selects, so first
         score = f"val {metric} {values[metric]:.4f}"
         if values["best"]:
             self._validation = f"  best {score} (epoch {line['epoch']})"

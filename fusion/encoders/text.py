@@ -33,14 +33,23 @@ from fusion.encoders.text_base import (
     refuse_long,
 )
 from fusion.encoders.text_tokens import Tokenizer, Tokens
+from fusion.layers.present import STAND_INS, PresentRows
+from fusion.model import Reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from data.schema import Batch
+
+
+TextSource = Literal["notes_and_labs", "notes", "labs"]
 
 
 class TextOptions(Config):
     """A language model and how it is adapted; the paper gives none of these numbers."""
 
+    text: TextSource = "notes_and_labs"
+    """What is read: both, or one of them (the paper's ablations)."""
     backbone: str = "ruslanmv/Medical-Llama3-8B"
     """Folder of a model in transformers' format, or its name on the hub: Llama, Mistral or BERT.
     The default is the paper's best."""
@@ -129,6 +138,45 @@ class TextEncoder(nn.Module):
     def tokens(self, note: str, labs: str) -> Tokens:
         """The tokens of a row's note and sentence of results."""
         return self.tokenizer.encode(note, labs)
+
+    def read(self, batch: Batch) -> list[Tokens | None]:
+        """[B] the tokens of each row's note and results; None where it has no text."""
+        notes, labs = [""] * len(batch), [""] * len(batch)
+        if self.options.text != "labs":
+            for row, note in zip(batch.notes_index.tolist(), batch.notes, strict=True):
+                notes[row] = note
+        if self.options.text != "notes" and batch.lab_texts:
+            labs = list(batch.lab_texts)
+        pairs = zip(notes, labs, strict=True)
+        texts = [self.tokens(*pair) if any(pair) else None for pair in pairs]
+        return [None if text is None or text.empty else text for text in texts]
+
+    def rows(self, texts: Sequence[Tokens | None], device: torch.device) -> tuple[Tensor, Tensor]:
+        """[B, D] vectors of rows' texts, and [B] bool: which rows have one; zeros without."""
+        index = [row for row, text in enumerate(texts) if text is not None]
+        rows = PresentRows(
+            values=torch.empty(0),
+            index=torch.tensor(index, dtype=torch.int64, device=device),
+            available=torch.tensor([text is not None for text in texts], device=device),
+            stands_in=not index,
+        )
+        some = [text for text in texts if text is not None]
+        vectors = rows.scatter(self(some or [self.tokens("", "")] * STAND_INS))
+        return vectors, rows.available
+
+    def references(self, prefix: str) -> dict[str, Reference]:
+        """The frozen backbone under the name that a model gives this module, unless it is drawn."""
+        if self.options.random_weights:
+            return {}
+        base = self.base
+        source = base.name if base.revision is None else f"{base.name}@{base.revision}"
+        names = frozenset(f"{prefix}.{name}" for name in self.frozen_names())
+        return {prefix: Reference(source, names, base.sha256)}
+
+    def passes(self, batch: Batch, tokens: int) -> list[list[int]]:
+        """Rows whose texts one pass of `tokens` tokens holds; a row without one counts as one."""
+        lengths = [1 if text is None else len(text.ids) for text in self.read(batch)]
+        return self.groups(lengths, tokens)
 
     def groups(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
         """Texts in passes of up to `budget` tokens in this layout, padding counted."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+TINY_LLAMA: Final = Path(__file__).parent / "tiny_llama"
+"""A configuration and a tokenizer of the family, without weights, for tests."""
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 from data.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fusion.encoders.text_base import Base
 
 LONGEST: Final = 200_000
@@ -53,22 +55,23 @@ class Tally:
     tokens_cut: int = 0
     empty: int = 0
 
-    def add(self, one: Tokens | None) -> None:
-        """Count a row's text; None where it has none."""
-        if one is None:
-            self.empty += 1
-            return
-        self.texts += 1
-        self.tokens += len(one.ids)
-        self.notes_cut += one.note_cut > 0
-        self.labs_cut += one.labs_cut > 0
-        self.tokens_cut += one.note_cut + one.labs_cut
+    def add(self, texts: Sequence[Tokens | None]) -> None:
+        """Count rows' texts; None where a row has none."""
+        for text in texts:
+            if text is None:
+                self.empty += 1
+                continue
+            self.texts += 1
+            self.tokens += len(text.ids)
+            self.notes_cut += text.note_cut > 0
+            self.labs_cut += text.labs_cut > 0
+            self.tokens_cut += text.note_cut + text.labs_cut
 
-    def take(self) -> dict[str, int]:
-        """The counts, which begin again at 0."""
-        counts = {each.name: getattr(self, each.name) for each in fields(self)}
-        for name in counts:
-            setattr(self, name, 0)
+    def take(self) -> dict[str, float]:
+        """The counts, named for the log; they begin again at 0."""
+        counts = {f"text_{each.name}": float(getattr(self, each.name)) for each in fields(self)}
+        for each in fields(self):
+            setattr(self, each.name, 0)
         return counts
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from data.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -101,6 +103,44 @@ def present_series(batch: Batch) -> tuple[Tensor, Tensor]:
     lengths = torch.where(present, batch.lengths, 1)
     valid = valid_steps(batch.lengths, batch.ehr.shape[1]) & present[:, None]
     return torch.where(valid[:, :, None], batch.ehr, 0.0), lengths
+
+
+def present_labs(batch: Batch, items: int) -> tuple[Tensor, Tensor]:
+    """The lab matrix of a model of `items` columns.
+
+    A batch of fewer columns (a train split may lack items; a placeholder has none) gets columns
+    that nobody has; a row without labs has none observed, and unobserved values are zero.
+
+    Returns:
+        [B, items] float32 values and [B, items] bool, True = observed.
+
+    Raises:
+        InputError: The batch has more columns than the model.
+    """
+    columns = batch.labs.shape[1]
+    if columns > items:
+        raise InputError(
+            f"the lab matrix has {columns} columns, but the model reads {items}: set model.items "
+            "to at least data.batches.labs.top"
+        )
+    values = batch.targets.new_zeros(len(batch), items)
+    observed = torch.zeros_like(values, dtype=torch.bool)
+    if len(batch.labs):
+        observed[:, :columns] = batch.labs_observed & batch.present["labs"][:, None]
+        values[:, :columns] = torch.where(observed[:, :columns], batch.labs, 0.0)
+    return values, observed
+
+
+class StandIn(nn.Module):
+    """A learned vector for rows that lack a modality."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.empty(width).uniform_(-0.1, 0.1))
+
+    def forward(self, encoded: Tensor, available: Tensor) -> Tensor:
+        """[B, D] with the vector where `available` ([B] bool) is False."""
+        return torch.where(available[:, None], encoded, self.vector.to(encoded.dtype))
 
 
 def keep_present(encoded: Tensor, present: Tensor) -> Tensor:

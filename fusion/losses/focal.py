@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import Field
 
-from fusion.losses.rows import bce_by_class
+from data.config import Config
+from fusion.losses.rows import bce_by_class, term
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from data.schema import Batch
+    from fusion.model import Term
+
+
+class FocalOptions(Config):
+    """The objective of multi-label models; MEDFuse's paper names focal loss without its numbers."""
+
+    loss: Literal["focal", "bce"] = "focal"
+    """What is minimised; the validation loss is binary cross-entropy in any case."""
+    focal_gamma: float = Field(default=2.0, ge=0)
+    """0 is binary cross-entropy."""
+    focal_alpha: float | None = Field(default=None, gt=0, lt=1)
+    """Weight of the positives; null weighs both by 1."""
+
+    @property
+    def term(self) -> str:
+        """The name of the term that is minimised."""
+        return "focal" if self.loss == "focal" else "task"
+
+
+def focal_terms(logits: Tensor, batch: Batch, options: FocalOptions) -> dict[str, Term]:
+    """The term `focal`, the mean over labels of each row; none where the task's loss is wanted."""
+    if options.loss != "focal":
+        return {}
+    by_class = focal_by_class(logits, batch.targets, options.focal_gamma, options.focal_alpha)
+    return {"focal": term(by_class.mean(1), batch, ())}
 
 
 def focal_by_class(

@@ -56,6 +56,7 @@ class Rows:
             targets=torch.empty(rows, len(task.labels)),
             cxr_targets=torch.empty(self.images, 14),
             rows=np.zeros(rows, np.int64),
+            draws=np.zeros(rows, np.uint64),
         )
 
 
@@ -146,7 +147,7 @@ def dry_step(
                 _make_moments(phase_parameters(model, phase).values(), optimizer, ledger)
         ledger.own(_state(model, batch, optimizers), "state")
         with Packing(), ledger, gradients_noted(model, ledger):
-            counts = torch.ones(N_PATTERNS, dtype=torch.float64)
+            counts = torch.ones(N_PATTERNS + len(model.counted), dtype=torch.float64)
             ledger.own([counts], "state")
             for phase, optimizer in zip(model.phases, optimizers, strict=True):
                 model.zero_grad(set_to_none=True)

@@ -6,7 +6,6 @@ rows and therefore runs in evaluation mode; here that worker joins with zero row
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,28 +14,10 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fusion.collective import is_collective
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch.distributed import ProcessGroup
-
-_COLLECTIVE = False
-
-
-@contextmanager
-def collective_statistics() -> Iterator[None]:
-    """A training forward pass, in which every worker takes part in every normalisation."""
-    global _COLLECTIVE
-    previous, _COLLECTIVE = _COLLECTIVE, torch.is_grad_enabled()
-    try:
-        yield
-    finally:
-        _COLLECTIVE = previous
-
-
-def is_collective() -> bool:
-    """Whether such a pass runs."""
-    return _COLLECTIVE
 
 
 class SynchronisedBatchNorm(_BatchNorm):
@@ -59,7 +40,7 @@ class SynchronisedBatchNorm(_BatchNorm):
         """Normalise; same shape as the input."""
         self._check_input_dim(input)
         frozen = self.weight is not None and not self.weight.requires_grad
-        if not _COLLECTIVE or (frozen and not self.training):
+        if not is_collective() or (frozen and not self.training):
             return super().forward(input)
         assert self.running_mean is not None
         assert self.running_var is not None

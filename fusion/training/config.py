@@ -11,6 +11,8 @@ from data.config import Config
 
 StrategyName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["none", "optimizer", "all"]
+SCORES = ("auroc", "auprc")
+"""Selection metrics of every model; the highest is best."""
 
 
 class TrainConfig(Config):
@@ -28,8 +30,9 @@ class TrainConfig(Config):
     the same. A text longer than that has a pass of its own. null cuts by `accumulation`."""
     patience: int = Field(default=15, ge=1)
     """Epochs without a better selection metric before stopping."""
-    selection_metric: Literal["auroc", "auprc"] = "auroc"
-    """Macro mean over labels on the validation split."""
+    selection_metric: str = "auroc"
+    """On the validation split: `auroc` or `auprc`, macro means over labels; or a loss that the
+    model counts by values (mltm: `masked`, `seen`), of which the lowest is best."""
     evaluate: Literal["after_epoch", "before_epoch"] = "after_epoch"
     """`before_epoch`: the released MedFuse loop. It validates before each epoch and counts them
     from 1, so that `epochs` 50 trains 49, and the last one is never validated."""
@@ -68,6 +71,11 @@ class TrainConfig(Config):
         if value is not None and (found is None or int(found[1]) > int(found[2])):
             raise ValueError('needs the first and the last step, e.g. "10-15"')
         return value
+
+    @property
+    def lowest_is_best(self) -> bool:
+        """Whether the selection metric is a loss."""
+        return self.selection_metric not in SCORES
 
     @property
     def profiled(self) -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ from fusion.training.agreed import AgreedError
 from fusion.training.embeddings import encoder_of
 from fusion.training.meter import Meter
 from fusion.training.metrics_log import Log, Silent
-from fusion.training.objective import N_PATTERNS, MicroBatch, census, cut, groups, placeholder
+from fusion.training.objective import MicroBatch, census, cut, groups, placeholder
 from fusion.training.optimizers import Schedule, freeze, train_mode
 from fusion.training.predict import Predictions, merge, predict, validation_scores
 from fusion.training.progress import Progress
@@ -252,7 +252,8 @@ def _train_epoch(session: Session) -> bool:
         asked = [session.stop_requested(), session.saver.due(), session.saver.failing()]
         wanted = torch.zeros(settings.train.batch_size + settings.train.accumulation)
         wanted[len(groups(strategy.model, settings.train, share))] = 1
-        told = [census(share), wanted.double(), torch.tensor(asked, dtype=torch.float64)]
+        counts = census(share, strategy.model)
+        told = [counts, wanted.double(), torch.tensor(asked, dtype=torch.float64)]
         totals = strategy.sum(torch.cat(told))
         stop, due, failed = (totals[-3:] > 0).tolist()
         if failed:
@@ -263,8 +264,8 @@ def _train_epoch(session: Session) -> bool:
             return False
         session.beat("step", progress)
         with session.tracer.step(progress.updates):
-            passes = int(totals[N_PATTERNS:-3].nonzero().max())
-            train_step(session, share, totals[:N_PATTERNS], passes)
+            passes = int(totals[len(counts) : -3].nonzero().max())
+            train_step(session, share, totals[: len(counts)], passes)
         session.speed.stepped(share)
         progress.step += 1
         progress.updates += 1
@@ -298,12 +299,13 @@ def _validate(session: Session) -> None:
     metric = session.settings.train.selection_metric
     # One worker decides: a sum in another order could tip a comparison.
     try:
-        own = validation_scores(predictions.targets, predictions.probabilities, metric)
+        own = validation_scores(predictions, metric)
     except InputError as error:
         raise AgreedError(str(error)) from None
     scores, loss = strategy.share((own, predictions.loss / len(predictions.rows)))
-    better = progress.record(scores[metric])
-    session.schedule.step(loss)
+    lowest = session.settings.train.lowest_is_best
+    better = progress.record(scores[metric], lowest=lowest)
+    session.schedule.step(scores[metric] if lowest else loss)
     session.schedule.apply(strategy.optimizers)
     values = {**scores, "loss": loss, "lr": _rate(session), "rows": len(predictions.rows)}
     session.log.write("val", progress, {**values, "best": better})

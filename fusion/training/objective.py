@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from data.schema import MODALITIES, N_FEATURES, Batch
-from fusion.training.batch_norm import collective_statistics
+from fusion.collective import collective_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from data.tasks import TaskSpec
-    from fusion.model import FusionModel, Phase
+    from fusion.model import FusionModel, Phase, Term
     from fusion.tasks import Task
     from fusion.training.config import TrainConfig
 
@@ -42,23 +42,25 @@ class MicroBatch:
     weight: float = 1.0
 
 
-def census(share: Batch | None) -> Tensor:
-    """[2^M] float64: how many rows have each pattern of the M modalities (bit m is modality m)."""
-    counts = torch.zeros(N_PATTERNS, dtype=torch.float64)
+def census(share: Batch | None, model: FusionModel) -> Tensor:
+    """[2^M + N] float64: how many rows have each pattern of the M modalities, and N values.
+
+    Bit m of a pattern is modality m; the values are those of the model's counted terms.
+    """
     if share is None:
-        return counts
+        return torch.zeros(N_PATTERNS + len(model.counted), dtype=torch.float64)
     pattern = torch.zeros(len(share), dtype=torch.int64)
     for bit, modality in enumerate(MODALITIES):
         if modality in share.present:
             pattern += share.present[modality].cpu().long() << bit
-    return counts + torch.bincount(pattern, minlength=N_PATTERNS)
+    return torch.cat((torch.bincount(pattern, minlength=N_PATTERNS).double(), model.counts(share)))
 
 
 def population(counts: Tensor, over: tuple[str, ...]) -> Tensor:
     """Scalar: the rows of a census that have every modality in `over`."""
     needed = sum(1 << MODALITIES.index(modality) for modality in over)
     patterns = torch.arange(N_PATTERNS, device=counts.device)
-    return torch.where((patterns & needed) == needed, counts, 0.0).sum()
+    return torch.where((patterns & needed) == needed, counts[:N_PATTERNS], 0.0).sum()
 
 
 def placeholder(spec: TaskSpec, image_shape: Sequence[int]) -> Batch:
@@ -72,6 +74,7 @@ def placeholder(spec: TaskSpec, image_shape: Sequence[int]) -> Batch:
         targets=torch.zeros(2, len(spec.labels)),
         cxr_targets=torch.zeros(0, 14),
         rows=np.zeros(0, np.int64),
+        draws=np.zeros(2, np.uint64),
     )
 
 
@@ -121,6 +124,7 @@ def _rows(batch: Batch, piece: list[int]) -> Batch:
         lab_texts=tuple(batch.lab_texts[row] for row in piece) if batch.lab_texts else (),
         labs=batch.labs[piece] if len(batch.labs) else batch.labs,
         labs_observed=batch.labs_observed[piece] if len(batch.labs) else batch.labs_observed,
+        draws=batch.draws[piece] if len(batch.draws) else batch.draws,
     )
 
 
@@ -145,7 +149,7 @@ class Objective(nn.Module):
 
         Returns:
             The loss, a scalar whose sum over workers and micro-batches is the step's, and for
-            each term its detached sum here and its rows in the whole step.
+            each term its detached sum here and its rows, or values, in the whole step.
 
         Raises:
             KeyError: The phase names a term that the model does not give.
@@ -159,10 +163,16 @@ class Objective(nn.Module):
         for name in phase.terms or terms:
             term = terms[name]
             total = term.sum.float() * micro.weight
-            rows = population(counts, term.over)
+            rows = self._number(name, term, counts)
             loss = loss + term.scale * total / rows.clamp(min=1).float()
             sums[name] = (total.detach(), rows)
         return loss, sums
+
+    def _number(self, name: str, term: Term, counts: Tensor) -> Tensor:
+        """What a term's sum over the whole step is divided by."""
+        if name in self.model.counted:
+            return counts[N_PATTERNS + self.model.counted.index(name)]
+        return population(counts, term.over)
 
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:

@@ -20,7 +20,8 @@ class OptimConfig(Config):
     """Learning rate by prefix of parameter names; the longest prefix wins; 0 freezes."""
     clip_norm: float | None = Field(default=None, gt=0)
     schedule: Literal["constant", "plateau"] = "constant"
-    """`plateau` halves the rate after `plateau_patience` epochs without a lower val loss."""
+    """`plateau` halves the rate after `plateau_patience` epochs without a lower val loss: the
+    task's, or the one that selects."""
     plateau_factor: float = Field(default=0.5, gt=0, lt=1)
     plateau_patience: int = Field(default=10, ge=0)
 

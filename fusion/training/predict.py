@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from data.errors import InputError
 from fusion.metrics import ranking
 from fusion.metrics.calibration import expected_calibration_error
-from fusion.training.config import TrainConfig
+from fusion.training.config import SCORES, TrainConfig
 from fusion.training.objective import autocast, images_last
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Predictions:
         logits: [N, C] float32.
         probabilities: [N, C] float32.
         loss: The task's loss summed over the rows.
+        counted: For each term that the model counts, its sum and the number of its values.
         features: Named representations, [N, ...] each.
     """
 
@@ -42,6 +43,7 @@ class Predictions:
     logits: np.ndarray
     probabilities: np.ndarray
     loss: float = 0.0
+    counted: dict[str, tuple[float, float]] = field(default_factory=dict)
     features: dict[str, np.ndarray] = field(default_factory=dict)
 
     def sorted(self) -> Predictions:
@@ -53,6 +55,7 @@ class Predictions:
             logits=self.logits[order],
             probabilities=self.probabilities[order],
             loss=self.loss,
+            counted=self.counted,
             features={name: value[order] for name, value in self.features.items()},
         )
 
@@ -86,6 +89,7 @@ def predict(
     device = next(model.parameters()).device
     parts: list[dict[str, Any]] = []
     loss = 0.0
+    counted = dict.fromkeys(model.counted, (0.0, 0.0))
     training = {module: module.training for module in model.modules()}
     model.eval()
     for batch in batches:
@@ -99,13 +103,15 @@ def predict(
             continue
         logits = output.logits.float()
         loss += float(task.loss(logits, moved).sum)
+        for (name, (total, count)), more in zip(counted.items(), model.counts(batch), strict=True):
+            counted[name] = total + float(output.terms[name].sum), count + float(more)
         arrays = {"logits": logits, "probabilities": task.probabilities(logits)}
         arrays |= {f"features/{name}": output.features[name].float() for name in features}
         part = {name: value.cpu().numpy() for name, value in arrays.items()}
         parts.append({**part, "targets": batch.targets.cpu().numpy(), "rows": batch.rows})
     for module, mode in training.items():
         module.training = mode
-    return _joined(parts, len(task.spec.labels), loss)
+    return replace(_joined(parts, len(task.spec.labels)), loss=loss, counted=counted)
 
 
 def merge(parts: Sequence[Predictions]) -> Predictions:
@@ -118,6 +124,10 @@ def merge(parts: Sequence[Predictions]) -> Predictions:
         logits=np.concatenate([part.logits for part in filled]),
         probabilities=np.concatenate([part.probabilities for part in filled]),
         loss=sum(part.loss for part in parts),
+        counted={
+            name: tuple(np.sum([part.counted[name] for part in parts], axis=0).tolist())
+            for name in parts[0].counted
+        },
         features={name: np.concatenate([part.features[name] for part in filled]) for name in named},
     ).sorted()
 
@@ -128,8 +138,7 @@ def selection_score(targets: np.ndarray, probabilities: np.ndarray, metric: str)
     Raises:
         InputError: No label has both classes.
     """
-    score = {"auroc": ranking.auroc, "auprc": ranking.average_precision}[metric]
-    value = float(ranking.macro(score(targets, probabilities)))
+    value = _macro(targets, probabilities, metric)
     if np.isnan(value):
         raise InputError(
             f"the validation split ({len(targets)} rows) has no label with both classes, so it "
@@ -138,32 +147,48 @@ def selection_score(targets: np.ndarray, probabilities: np.ndarray, metric: str)
     return value
 
 
-def validation_scores(
-    targets: np.ndarray, probabilities: np.ndarray, metric: str
-) -> dict[str, float]:
+def validation_scores(predictions: Predictions, metric: str) -> dict[str, float]:
     """What a validation line holds: the selection metric first, then the others.
 
-    AUROC, average precision and expected calibration error, each the macro mean over labels.
+    AUROC, average precision and expected calibration error, each the macro mean over labels, and
+    the means of the terms that the model counts.
 
     Raises:
-        InputError: No label has both classes.
+        InputError: No label has both classes, or the term that selects has no value.
     """
-    scores = {metric: selection_score(targets, probabilities, metric)}
-    for other in {"auroc", "auprc"} - {metric}:
-        scores[other] = selection_score(targets, probabilities, other)
+    targets, probabilities = predictions.targets, predictions.probabilities
+    if metric in SCORES:
+        scores = {metric: selection_score(targets, probabilities, metric)}
+    elif predictions.counted[metric][1]:
+        total, count = predictions.counted[metric]
+        scores = {metric: total / count}
+    else:
+        raise InputError(
+            f"the validation split ({len(targets)} rows) has no value of {metric}, so it cannot "
+            "select a checkpoint; extract more patients or change the split"
+        )
+    others = {name: _macro(targets, probabilities, name) for name in SCORES if name != metric}
     pairs = zip(targets.T, probabilities.T, strict=True)
-    scores["ece"] = float(np.mean([expected_calibration_error(*pair) for pair in pairs]))
-    return scores
+    others["ece"] = float(np.mean([expected_calibration_error(*pair) for pair in pairs]))
+    for name, (total, count) in predictions.counted.items():
+        others.setdefault(name, total / count if count else np.nan)
+    known = {name: value for name, value in others.items() if not np.isnan(value)}
+    return scores | known
 
 
-def _joined(parts: list[dict[str, Any]], classes: int, loss: float) -> Predictions:
+def _macro(targets: np.ndarray, probabilities: np.ndarray, metric: str) -> float:
+    """A macro mean over the labels that have both classes; NaN without one."""
+    score = {"auroc": ranking.auroc, "auprc": ranking.average_precision}[metric]
+    return float(ranking.macro(score(targets, probabilities)))
+
+
+def _joined(parts: list[dict[str, Any]], classes: int) -> Predictions:
     empty = np.zeros((0, classes), np.float32)
     if not parts:
         return Predictions(np.zeros(0, np.int64), empty, empty, empty)
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    columns: dict[str, Any] = {n: np.concatenate([part[n] for part in parts]) for n in parts[0]}
     kept = {name: columns.pop(name) for name in list(columns) if name.startswith("features/")}
     return Predictions(
         **columns,
-        loss=loss,
         features={name.split("/", 1)[1]: value for name, value in kept.items()},
     )

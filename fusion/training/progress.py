@@ -31,10 +31,11 @@ class Progress:
     epochs_since_best: int = 0
     validations: int = 0
 
-    def record(self, score: float) -> bool:
+    def record(self, score: float, *, lowest: bool = False) -> bool:
         """Take note of a validation; True where it is the best so far."""
         self.validations += 1
-        if self.best_score is None or score > self.best_score:
+        best = self.best_score
+        if best is None or (score < best if lowest else score > best):
             self.best_score, self.best_epoch, self.epochs_since_best = score, self.epoch, 0
             return True
         self.epochs_since_best += 1

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from fusion.training.batch_norm import collective_statistics, is_collective
+from fusion.collective import collective_statistics, is_collective
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -130,7 +130,7 @@ class SearchConfig(Config):
     """Dotted config path -> distribution."""
     metrics: dict[str, Literal["max", "min"]] = Field(default_factory=dict)
     """What a validation line must hold -> better direction; several make a Pareto front. Default:
-    the run's train.selection_metric, max."""
+    the run's train.selection_metric."""
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     startup_trials: int = Field(default=10, ge=1)
     """Random trials before TPE's model proposes."""
@@ -223,7 +223,8 @@ def load(path: Path, run: RunConfig) -> SearchConfig:
     if faults:
         raise InputError(f"{path}:\n" + "\n".join(f"  {fault}" for fault in faults))
     if not search.metrics:
-        search = search.model_copy(update={"metrics": {run.train.selection_metric: "max"}})
+        better = "min" if run.train.lowest_is_best else "max"
+        search = search.model_copy(update={"metrics": {run.train.selection_metric: better}})
     return search
 
 

@@ -60,6 +60,7 @@ def _alive(pid):
 
 def _same(one, other):
     assert one.rows.tolist() == other.rows.tolist()
+    assert one.draws.tolist() == other.draws.tolist()
     for name in ("ehr", "lengths", "cxr", "cxr_index", "targets", "cxr_targets"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
     for modality, mask in one.present.items():
@@ -101,6 +102,7 @@ def test_augmented_and_withheld_rows_depend_on_no_worker(shards, config, world, 
     for whole, *parts in zip(alone.epoch(2), *(s.epoch(2) for s in ranks), strict=True):
         present = [part for part in parts if part is not None]
         assert whole.rows.tolist() == [row for part in present for row in part.rows.tolist()]
+        assert whole.draws.tolist() == [word for part in present for word in part.draws.tolist()]
         assert torch.equal(whole.cxr, torch.cat([part.cxr for part in present]))
         if world == 1:
             _same(whole, parts[0])
@@ -154,6 +156,20 @@ def test_augmentation_differs_between_epochs_and_rows_of_the_same_epoch_repeat(s
             for place, index in enumerate(batch.cxr_index.tolist()):
                 images.setdefault(int(batch.rows[index]), []).append(batch.cxr[place])
     assert all(len(pair) == 2 and not torch.equal(*pair) for pair in images.values())
+
+
+def test_a_rows_word_is_its_own_and_differs_between_epochs(shards, config):
+    stream = _stream(shards, config)
+    epochs = [
+        {row: word for b in stream.epoch(epoch) for row, word in zip(b.rows, b.draws, strict=True)}
+        for epoch in (0, 1)
+    ]
+    assert epochs[0].keys() == epochs[1].keys()
+    words = [*epochs[0].values(), *epochs[1].values()]
+    assert len(set(words)) == len(words) == 2 * len(epochs[0])
+    other = _stream(shards, config, split="val", train=False)
+    first, second = ([b.draws.tolist() for b in other.epoch(0)] for _ in range(2))
+    assert first == second
 
 
 def test_a_third_of_each_batch_has_its_image_withheld(shards, config):

@@ -11,6 +11,7 @@ from data.plan import (
     blocks_of,
     draw,
     permutation,
+    row_words,
     select_rows,
     split_evenly,
     uniform,
@@ -118,6 +119,15 @@ def test_draws_are_uniform_and_independent_of_neighbours():
     assert np.abs(np.corrcoef(u, rowvar=False) - np.eye(8)).max() < 0.08
     assert np.abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 0.06
     assert sorted(permutation(0, Purpose.BLOCKS, 0, 0, 50).tolist()) == list(range(50))
+
+
+def test_a_rows_word_depends_on_seed_epoch_and_row_alone():
+    words = row_words(1, 2, np.array([7, 3, 9]))
+    assert words.dtype == np.uint64
+    assert words[1] == row_words(1, 2, np.array([3]))[0]
+    others = [row_words(2, 2, np.array([3])), row_words(1, 3, np.array([3]))]
+    assert len({*words.tolist(), *(int(word[0]) for word in others)}) == 5
+    assert len(row_words(1, 2, np.zeros(0, np.int64))) == 0
 
 
 def test_split_evenly_covers():

@@ -42,7 +42,8 @@ def batch(
 ) -> Batch:
     """Random rows; by default every second one has an image, all have a series.
 
-    A row with a series has a note too, of one to five words, and every third row a lab result.
+    A row with a series has a note too, of one to five words, and every third row an abnormal lab
+    result. A row with a series but the second has some of five lab items.
     """
     rng = torch.Generator().manual_seed(seed)
     cxr = torch.tensor(list(present_cxr or [row % 2 == 0 for row in range(rows)]))
@@ -62,19 +63,26 @@ def batch(
     words = ["fever", "chest pain", "no cough", "dyspnea", "edema"]
     noted = ehr.nonzero().squeeze(1)
     notes = [" ".join(words[: 1 + (seed + row) % 5]) + f" {row}" for row in noted.tolist()]
+    has_labs = ehr & (torch.arange(rows) != 1)
+    labs = torch.rand(rows, 5, generator=rng)
+    observed = (torch.rand(rows, 5, generator=rng) < 0.7) & has_labs[:, None]
+    observed[:, 0] = has_labs
     sodium = "These are abnormal results recorded: ITEMID Sodium: 128 mEq/L;"
     return Batch(
         ehr=series * valid[:, :, None],
         lengths=drawn,
         cxr=images[index],
         cxr_index=index,
-        present={"ehr": ehr, "cxr": cxr, "notes": ehr},
+        present={"ehr": ehr, "cxr": cxr, "notes": ehr, "labs": has_labs},
         targets=torch.randint(0, 2, (rows, classes), generator=rng).float(),
         cxr_targets=radiology[index],
         rows=np.arange(rows),
         notes=tuple(notes),
         notes_index=noted,
         lab_texts=tuple(sodium if ehr[row] and row % 3 == 0 else "" for row in range(rows)),
+        labs=labs * observed,
+        labs_observed=observed,
+        draws=np.random.default_rng(seed).integers(2**63, size=rows, dtype=np.uint64),
     )
 
 

@@ -22,6 +22,7 @@ RUN = {
 }
 
 
+LABS = {"task": "diagnoses", "model": {"name": "mltm"}}
 CACHED = {"train": {"cache_embeddings": True}}
 
 
@@ -97,6 +98,15 @@ def test_everything_wrong_is_reported_at_once_with_its_path(write) -> None:
         ({"preset": "published"}, "choose corrected, code or paper"),
         ({"name": "../escape"}, "name"),
         ({"train": {"epochs": 2, "min_epochs": 5}}, "train.min_epochs"),
+        ({"train": {"selection_metric": "masked"}}, "no such score; choose one of auroc, auprc$"),
+        (
+            {**LABS, "train": {"selection_metric": "maskd"}},
+            "choose one of auroc, auprc, masked, seen",
+        ),
+        (
+            {**LABS, "data": {"shards": "s", "batches": {"labs": {"top": 200}}}},
+            r"model\.items \(100\) is less than data\.batches\.labs\.top \(200\)",
+        ),
         ({"scaling": {"num_workers": 2, "strategy": "single"}}, "scaling.strategy"),
         ({"scaling": {"strategy": "zero4"}}, r"scaling\.strategy"),
         ({"scaling": {"offload": "optimizer"}}, "scaling: offload=optimizer with strategy=ddp"),

@@ -127,9 +127,8 @@ def test_without_any_token_to_pad_with_one_must_be_named(bases, tmp_path):
 def test_what_was_cut_is_counted_and_counted_anew(tokenizer):
     made, tally = tokenizer(64), Tally()
     read = [made.encode(*pair) for pair in ((NOTE, ""), (NOTE * 9, LABS), ("", ""))]
-    for tokens in (read[0], read[1], None):
-        tally.add(tokens)
-    counts = tally.take()
+    tally.add([read[0], read[1], None])
+    counts = {name.removeprefix("text_"): count for name, count in tally.take().items()}
     assert [counts[name] for name in ("texts", "notes_cut", "labs_cut", "empty")] == [2, 1, 1, 1]
     assert counts["tokens"] == len(read[0].ids) + len(read[1].ids)
     assert counts["tokens_cut"] == read[1].note_cut + read[1].labs_cut > 0

@@ -1,8 +1,17 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from fusion.layers.present import keep_present, present_images, present_series, valid_steps
+from data.errors import InputError
+from fusion.layers.present import (
+    keep_present,
+    present_images,
+    present_labs,
+    present_series,
+    valid_steps,
+)
 
 
 @pytest.fixture
@@ -101,6 +110,27 @@ def test_series_hold_nothing_beyond_lengths_or_in_absent_rows(make_batch):
     assert not series[1].any()
     assert torch.equal(series[2, :2], batch.ehr[2, :2])
     assert not series[2, 2:].any()
+
+
+def test_labs_get_the_models_columns_and_hold_nothing_unobserved(make_batch):
+    batch = replace(
+        make_batch(rows=3),
+        labs=torch.tensor([[0.1, torch.nan], [0.2, 0.3], [0.4, 0.5]]),
+        labs_observed=torch.tensor([[True, False], [True, True], [True, True]]),
+    )
+    batch.present["labs"] = torch.tensor([True, False, True])
+    values, observed = present_labs(batch, 3)
+    assert observed.tolist() == [[True, False, False], [False] * 3, [True, True, False]]
+    assert torch.equal(values, torch.tensor([[0.1, 0, 0], [0, 0, 0], [0.4, 0.5, 0]]))
+    with pytest.raises(InputError, match=r"has 2 columns, but the model reads 1: set model\.items"):
+        present_labs(batch, 1)
+
+
+def test_a_batch_without_a_lab_matrix_has_no_lab_observed(make_batch):
+    values, observed = present_labs(replace(make_batch(rows=3), labs=torch.empty(0, 0)), 4)
+    assert values.shape == observed.shape == (3, 4)
+    assert not values.any()
+    assert not observed.any()
 
 
 def test_keep_present_zeroes_absent_rows_and_their_gradients():

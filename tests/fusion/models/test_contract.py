@@ -44,10 +44,15 @@ def count(batch: Batch, over: tuple[str, ...]) -> int:
     return sum(all(batch.present[m][row] for m in over) for row in range(len(batch)))
 
 
-def loss_of(output: Output, batch: Batch, phase: Phase) -> torch.Tensor:
+def loss_of(model: FusionModel, output: Output, batch: Batch, phase: Phase) -> torch.Tensor:
     terms = {"task": Task(SPEC).loss(output.logits, batch), **output.terms}
-    chosen = [terms[name] for name in phase.terms or terms]
-    means = [term.scale * term.sum / max(1, count(batch, term.over)) for term in chosen]
+    values = dict(zip(model.counted, model.counts(batch).tolist(), strict=True))
+    means = [
+        terms[name].scale
+        * terms[name].sum
+        / max(1, values[name] if name in values else count(batch, terms[name].over))
+        for name in phase.terms or terms
+    ]
     return torch.stack(means).sum()
 
 
@@ -100,7 +105,7 @@ def test_every_pattern_of_missing_modalities(name, pattern, training, make_batch
         assert parameters
         model.zero_grad(set_to_none=True)
         output = model(batch)
-        loss = loss_of(output, batch, phase)
+        loss = loss_of(model, output, batch, phase)
         assert torch.isfinite(loss)
         assert torch.isfinite(output.logits).all()
         loss.backward()
@@ -131,7 +136,7 @@ def test_every_trainable_parameter_gets_a_gradient_from_a_phase_that_updates_it(
     moved: set[str] = set()
     for phase in model.phases:
         model.zero_grad(set_to_none=True)
-        loss_of(model(batch), batch, phase).backward()
+        loss_of(model, model(batch), batch, phase).backward()
         moved |= {
             n for n, p in updated(model, phase).items() if p.grad is not None and p.grad.any()
         }
@@ -141,7 +146,9 @@ def test_every_trainable_parameter_gets_a_gradient_from_a_phase_that_updates_it(
 
 def test_phases_name_terms_and_submodules_that_exist(name, make_batch):
     model = build(name)
-    known = {"task", *model(make_batch()).terms}
+    terms = model(make_batch()).terms
+    assert set(model.counted) <= set(terms)
+    known = {"task", *terms}
     children = {child for child, _ in model.named_children()}
     for phase in model.phases:
         assert set(phase.terms) <= known
@@ -157,7 +164,7 @@ def test_a_batch_of_one_row_and_one_step(name, cxr, make_batch):
         output = model(batch)
         assert output.logits.shape == (1, 3)
         for phase in model.phases:
-            assert torch.isfinite(loss_of(output, batch, phase))
+            assert torch.isfinite(loss_of(model, output, batch, phase))
 
 
 def test_evaluation_does_not_depend_on_the_other_rows(name, make_batch):
@@ -186,6 +193,9 @@ def single(batch: Batch, row: int) -> Batch:
         notes=tuple(note for note, own in zip(batch.notes, noted, strict=True) if own),
         notes_index=torch.zeros(int(noted.sum()), dtype=torch.int64),
         lab_texts=batch.lab_texts[row : row + 1],
+        labs=batch.labs[row : row + 1],
+        labs_observed=batch.labs_observed[row : row + 1],
+        draws=batch.draws[row : row + 1],
     )
 
 
@@ -226,7 +236,7 @@ def assert_same_pass(name: str, first: Batch, second: Batch) -> None:
         model = build(name)
         torch.manual_seed(7)
         output = model(batch)
-        loss_of(output, batch, model.phases[-1]).backward()
+        loss_of(model, output, batch, model.phases[-1]).backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         results.append({"logits": output.logits, **gradients, **dict(model.named_buffers())})
     assert results[0].keys() == results[1].keys()
@@ -253,7 +263,7 @@ def test_the_loss_falls_on_one_batch(name, make_batch):
     for _ in range(25):
         for phase, optimizer in zip(model.phases, optimizers, strict=True):
             optimizer.zero_grad()
-            loss = loss_of(model(batch), batch, phase)
+            loss = loss_of(model, model(batch), batch, phase)
             loss.backward()
             optimizer.step()
         history.append(loss.item())

@@ -48,7 +48,7 @@ def test_the_focal_term_alone_is_minimised(build, make_batch):
     batch = make_batch()
     focal, entropy = build("note_llm"), build("note_llm", loss="bce")
     assert [phase.terms for phase in focal.phases] == [("focal",)]
-    assert [phase.terms for phase in entropy.phases] == [()]
+    assert [phase.terms for phase in entropy.phases] == [("task",)]
     assert not entropy(batch).terms
     plain = build("note_llm", focal_gamma=0.0)
     output = plain(batch)
@@ -60,7 +60,7 @@ def test_the_focal_term_alone_is_minimised(build, make_batch):
 def test_rows_are_grouped_by_their_tokens(build, make_batch):
     model = build("note_llm")
     batch = make_batch(rows=9, present_ehr=[True] * 7 + [False] * 2)
-    lengths = [0 if text is None else len(text.ids) for text in model._texts(batch)]
+    lengths = [0 if text is None else len(text.ids) for text in model.text.read(batch)]
     groups = model.passes(batch, 100)
     assert sorted(row for group in groups for row in group) == list(range(9))
     assert 1 < len(groups) < 9

@@ -83,7 +83,7 @@ def _real_batch(rows: Rows) -> Batch:
 def _allocated(model, batch, path) -> int:
     """Most bytes that torch's CPU allocator held at once during a step, above those before it."""
     objective = Objective(model, Task(SPEC), TrainConfig())
-    counts, phase = census(batch), model.phases[0]
+    counts, phase = census(batch, model), model.phases[0]
     for _ in range(2):  # the first pass allocates what is kept
         model.zero_grad(set_to_none=True)
         with torch.profiler.profile(

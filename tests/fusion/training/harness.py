@@ -150,9 +150,18 @@ def dataset(
                 "findings": (rng.random(14) < 0.3).astype(np.float32),
                 "has_notes": row % 8 not in silent,
                 "note": note(row, seed),
+                **lab_results(row, seed),
             }
         )
     return made
+
+
+def lab_results(row: int, seed: int) -> dict:
+    """Some of five results; row 2 of every eight has none."""
+    rng = np.random.default_rng([row, seed, 5])
+    observed = (rng.random(5) < 0.8) & (row % 8 != 2)
+    labs = np.where(observed, rng.random(5), 0).astype(np.float32)
+    return {"labs": labs, "labs_observed": observed}
 
 
 def note(row: int, seed: int) -> str:
@@ -162,7 +171,7 @@ def note(row: int, seed: int) -> str:
     return " ".join(words[int(place)] for place in rng.integers(8, size=rng.integers(1, 12)))
 
 
-def collate(rows: list[dict]) -> Batch:
+def collate(rows: list[dict], epoch: int = 0) -> Batch:
     steps = max(len(row["ehr"]) for row in rows)
     ehr = np.zeros((len(rows), steps, N_FEATURES), np.float32)
     for index, row in enumerate(rows):
@@ -172,6 +181,8 @@ def collate(rows: list[dict]) -> Batch:
     present = {modality: torch.zeros(len(rows), dtype=torch.bool) for modality in MODALITIES}
     present["ehr"] = torch.tensor([row["has_ehr"] for row in rows])
     present["cxr"] = torch.tensor([row["has_cxr"] for row in rows])
+    observed = torch.from_numpy(np.array([row["labs_observed"] for row in rows]))
+    present["labs"] = observed.any(1)
     present["notes"] = torch.tensor([row["has_notes"] for row in rows])
     return Batch(
         ehr=torch.from_numpy(ehr),
@@ -188,6 +199,9 @@ def collate(rows: list[dict]) -> Batch:
         rows=np.array([row["row"] for row in rows]),
         notes=tuple(row["note"] for row in rows if row["has_notes"]),
         notes_index=present["notes"].nonzero().squeeze(1),
+        labs=torch.from_numpy(np.array([row["labs"] for row in rows])),
+        labs_observed=observed,
+        draws=np.array([row["row"] + 1000 * epoch for row in rows], np.uint64),
     )
 
 
@@ -209,7 +223,7 @@ class Rows:
             batch = order[step * self.size : (step + 1) * self.size]
             share = np.array_split(np.arange(len(batch)), self.world)[self.rank]
             self.used.append((epoch, step, [batch[index]["row"] for index in share]))
-            yield collate([batch[index] for index in share]) if len(share) else None
+            yield collate([batch[index] for index in share], epoch) if len(share) else None
 
 
 class Lines:

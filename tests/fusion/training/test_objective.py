@@ -14,10 +14,13 @@ from safetensors.torch import save_file
 
 from data.errors import InputError
 from data.schema import MODALITIES
+from fusion.model import FusionModel, Output, Phase, Term
+from fusion.tasks import Task
 from fusion.training import metrics_log
+from fusion.training.config import TrainConfig
 from fusion.training.initialise import initial_weights
-from fusion.training.objective import census, cut, even, placeholder, population
-from fusion.training.predict import selection_score
+from fusion.training.objective import Objective, census, cut, even, placeholder, population
+from fusion.training.predict import Predictions, merge, selection_score, validation_scores
 from fusion.training.progress import Progress
 from fusion.training.strategy import Single
 
@@ -25,11 +28,11 @@ from fusion.training.strategy import Single
 def test_the_census_counts_every_set_of_modalities(harness):
     rows = harness.dataset(17)
     batch = harness.collate(rows)
-    counts = census(batch)
+    counts = census(batch, harness.Toy())
     for over in ((), ("ehr",), ("cxr",), ("ehr", "cxr"), ("notes",)):
         wanted = sum(all(row.get(f"has_{modality}") for modality in over) for row in rows)
         assert int(population(counts, over)) == wanted
-    assert not census(None).any()
+    assert not census(None, harness.Toy()).any()
     assert len(counts) == 2 ** len(MODALITIES)
 
 
@@ -65,6 +68,7 @@ def test_cutting_takes_notes_and_labs_along(harness):
         lab_texts=tuple(f"labs {row}" for row in range(7)),
         labs=torch.arange(7.0)[:, None].expand(7, 2),
         labs_observed=torch.arange(7)[:, None].expand(7, 2) % 2 == 0,
+        draws=np.arange(7, dtype=np.uint64),
     )
     filler = placeholder(harness.SPEC, (3, 32, 32))
     pieces = [piece.batch for piece in cut(batch, even(7, 3), filler)]
@@ -76,6 +80,72 @@ def test_cutting_takes_notes_and_labs_along(harness):
         assert piece.lab_texts == tuple(f"labs {row}" for row in rows)
         assert piece.labs.tolist() == [[row, row] for row in rows]
         assert piece.labs_observed.tolist() == [[row % 2 == 0] * 2 for row in rows]
+        assert piece.draws.tolist() == rows
+
+
+class Counting(FusionModel):
+    """Its term is a sum over the series' steps."""
+
+    counted = ("steps",)
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, batch):
+        logits = self.scale * torch.ones(len(batch), 3)
+        return Output(logits, {}, {"steps": Term(batch.lengths.sum() * self.scale.sum() / 3)})
+
+    def counts(self, batch):
+        return batch.lengths.sum()[None].double()
+
+
+def test_a_term_that_the_model_counts_is_divided_by_the_values_of_the_whole_step(harness):
+    rows, model = harness.dataset(7), Counting()
+    objective = Objective(model, Task(harness.SPEC), TrainConfig())
+    shares = [harness.collate(rows[:5]), harness.collate(rows[5:]), None]
+    counts = sum(census(share, model) for share in shares)
+    filler = placeholder(harness.SPEC, (3, 32, 32))
+    losses = []
+    for share in shares:
+        for part in cut(share, even(len(share), 2) if share else [[]], filler):
+            loss, sums = objective(part, counts, Phase(terms=("steps",)))
+            losses.append(loss)
+            assert sums["steps"][1] == sum(len(row["ehr"]) for row in rows)
+    assert len(losses) == 5
+    torch.testing.assert_close(sum(losses).item(), 1.0)
+
+
+def predictions(**changes):
+    targets = np.array([[0, 1], [1, 1], [0, 1]])
+    probabilities = np.array([[0.1, 0.2], [0.9, 0.3], [0.2, 0.4]])
+    made = Predictions(np.arange(3), targets, probabilities, probabilities)
+    return replace(made, **{"counted": {"steps": (6.0, 4.0)}, **changes})
+
+
+def test_a_counted_term_may_select_whatever_the_labels():
+    scores = validation_scores(predictions(), "steps")
+    assert next(iter(scores.items())) == ("steps", 1.5)
+    assert scores["auroc"] == 1.0
+    no_label = predictions(targets=np.ones((3, 2)))
+    assert validation_scores(no_label, "steps").keys() == {"steps", "ece"}
+    with pytest.raises(InputError, match="no label with both classes"):
+        validation_scores(no_label, "auroc")
+    with pytest.raises(InputError, match=r"3 rows\) has no value of steps"):
+        validation_scores(predictions(counted={"steps": (0.0, 0.0)}), "steps")
+    assert "steps" not in validation_scores(predictions(counted={"steps": (0.0, 0.0)}), "auroc")
+
+
+def test_counted_terms_of_workers_are_added():
+    assert merge([predictions(), predictions()]).counted == {"steps": (12.0, 8.0)}
+
+
+def test_the_lowest_loss_is_best_and_the_highest_score():
+    for metric, better, worse in (("steps", 0.1, 0.3), ("auroc", 0.3, 0.1)):
+        progress, lowest = Progress(), TrainConfig(selection_metric=metric).lowest_is_best
+        found = [progress.record(score, lowest=lowest) for score in (0.2, worse, better)]
+        assert found == [True, False, True]
+        assert progress.best_score == better
 
 
 def test_the_score_leaves_out_labels_of_one_class():

@@ -69,7 +69,7 @@ def test_a_group_moves_by_its_own_rate(harness, tmp_path):
     loop.start(session)
     before = weights(session)
     share = next(session.train.epoch(0))
-    loop.train_step(session, share, loop.census(share))
+    loop.train_step(session, share, loop.census(share, session.strategy.model))
     after = session.strategy.model.state_dict()
     for name, step in (("ehr.bias", 0.1), ("head.bias", 0.01)):
         size = (after[name] - before[name]).abs()
@@ -105,7 +105,7 @@ def test_a_phase_steps_its_own_parameters_as_often_as_it_says(harness, tmp_path)
             lambda *_, name=phase.name: stepped.append((name, weights(session)))
         )
     share = next(session.train.epoch(0))
-    loop.train_step(session, share, loop.census(share))
+    loop.train_step(session, share, loop.census(share, session.strategy.model))
     assert [name for name, _ in stepped] == ["images", "images", "rest"]
     images = {"cxr.weight", "cxr.bias", "image_head.weight", "image_head.bias"}
     rest = {"ehr.weight", "ehr.bias", "head.weight", "head.bias"}
@@ -129,7 +129,7 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient(harness, tmp_path):
             )
         )
         share = next(session.train.epoch(0))
-        loop.train_step(session, share, loop.census(share))
+        loop.train_step(session, share, loop.census(share, session.strategy.model))
         return norms[0]
 
     free, clipped = gradient(None), gradient(0.01)

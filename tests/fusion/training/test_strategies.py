@@ -31,6 +31,14 @@ DRFUSE = {
     "optim": {"lr": 1e-3, **PLATEAU},
 }
 MEDFUSE = {**DRFUSE, "model": "medfuse"}
+# Masked values are counted over all workers and micro-batches, and masks are the rows' own.
+MLTM = {
+    **DRFUSE,
+    "model": "mltm",
+    "options": {"mask_ratio": 0.5},
+    "train": {"epochs": 3, "selection_metric": "masked"},
+    "optim": {"lr": 1e-2, **PLATEAU},
+}
 MMTM = {**DRFUSE, "model": "mmtm", "optim": {"lr": 1e-4, **PLATEAU}}
 FROZEN = {
     **DRFUSE,
@@ -51,6 +59,8 @@ FAST = {
     "zero3-2": on("zero3", 2),
     "zero2-2-optimizer": on("zero2", 2, offload="optimizer"),
     "zero3-2-all": on("zero3", 2, offload="all"),
+    "mltm-single": on("single", block=MLTM),
+    "mltm-ddp-2": on("ddp", 2, MLTM, train={"accumulation": 2}),
     "drfuse-single": on("single", block=DRFUSE),
     "drfuse-zero3-2": on("zero3", 2, DRFUSE, train={"recompute": True}),
     **{f"deaf-{name}": on(name, 2, deaf=True) for name in ("ddp", "zero2", "zero3")},
@@ -110,7 +120,8 @@ def rates(outcome):
 
 @pytest.mark.parametrize("name", [name for name in FAST if "single" not in name and "-" in name])
 def test_a_strategy_trains_as_one_worker_does(outcomes, name):
-    alone = outcomes["drfuse-single" if name.startswith("drfuse") else "single"]
+    model = name.split("-")[0]
+    alone = outcomes[f"{model}-single" if model in ("drfuse", "mltm") else "single"]
     assert len(set(rates(alone))) > 1, "the rate never fell"
     if not name.startswith("deaf"):
         assert_same(outcomes[name], alone)
@@ -121,7 +132,7 @@ def test_a_strategy_trains_as_one_worker_does(outcomes, name):
     assert apart > 1e-3
 
 
-MODELS = {"medfuse": MEDFUSE, "drfuse": DRFUSE, "mmtm": MMTM}
+MODELS = {"medfuse": MEDFUSE, "drfuse": DRFUSE, "mmtm": MMTM, "mltm": MLTM}
 FEATURES = {
     "accumulation": {**FROZEN, "train": {"epochs": 3, "accumulation": 3}},
     "clipping": {**FROZEN, "optim": {**FROZEN["optim"], "clip_norm": 0.05}},
@@ -138,7 +149,7 @@ def matrix(run_all):
     blocks = {}
     for model, block in MODELS.items():
         blocks[f"{model}-single"] = on("single", block=block)
-        grid = GRID if model != "mmtm" else [("zero1", 2), ("zero2", 3), ("zero3", 2)]
+        grid = GRID if model not in ("mmtm", "mltm") else [("zero1", 2), ("zero2", 3), ("zero3", 2)]
         blocks |= {f"{model}-{name}-{world}": on(name, world, block) for name, world in grid}
     for feature, block in FEATURES.items():
         blocks[f"{feature}-single"] = on("single", block=block)
@@ -160,6 +171,12 @@ def test_models_train_alike_under_every_strategy(matrix, model, strategy, world)
 @pytest.mark.parametrize("name", ["mmtm-zero1-2", "mmtm-zero2-3", "mmtm-zero3-2"])
 def test_phases_that_share_parameters_train_alike(matrix, name):
     assert_same(matrix[name], matrix["mmtm-single"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mltm-zero1-2", "mltm-zero2-3", "mltm-zero3-2"])
+def test_a_loss_over_values_trains_alike(matrix, name):
+    assert_same(matrix[name], matrix["mltm-single"])
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ SHIPPED = {
     "drfuse-carebench": "drfuse/drfuse-full.yaml",
     "drfuse-wide": "drfuse/drfuse-full.yaml",
     "medfuse-lr": "medfuse/medfuse-pt-mortality.yaml",
+    "medfuse-llm": "medfuse_llm/joint.yaml",
+    "medfuse-llm-lambda": "medfuse_llm/full.yaml",
     "medfuse-unpaired": "medfuse/medfuse-optimal-mortality.yaml",
 }
 
@@ -70,6 +72,15 @@ def test_proposals_lie_in_their_ranges_and_conditions_hold(load) -> None:
     below = sum(value < 10**-3.5 for value in seen) / len(seen)
     assert 0.4 < below < 0.6, "half of a log-uniform range lies below its geometric mean"
     assert search.metrics == {"auprc": "max"}, "by default what the run selects by"
+
+
+def test_a_loss_that_selects_is_searched_for_its_lowest(tmp_path, run) -> None:
+    document = {**run.model_dump(mode="json"), "model": {"name": "mltm"}, "task": "diagnoses"}
+    document["train"]["selection_metric"] = "masked"
+    path = tmp_path / "SEARCH.yaml"
+    path.write_text(yaml.safe_dump({"space": {"optim.lr": {"log": [1e-5, 1e-2]}}, "trials": 2}))
+    search = space.load(path, run_config.from_document(document, place="here"))
+    assert search.metrics == {"masked": "min"}
 
 
 def test_a_config_takes_values_at_paths(run) -> None:
