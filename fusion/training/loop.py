@@ -117,7 +117,8 @@ class Session:
     tracer: Tracer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.schedule = Schedule(self.settings.optim)
+        updates = self.settings.train.trained_epochs * self.train.steps_per_epoch
+        self.schedule = Schedule(self.settings.optim, updates)
         self.saver = Saver(self.folder, self.strategy, self.settings.checkpoint)
         self.speed = Speed(self.flops)
         traced = self.settings.train.profiled if self.strategy.rank == 0 else None
@@ -263,6 +264,7 @@ def _train_epoch(session: Session) -> bool:
             _save(session)
             return False
         session.beat("step", progress)
+        session.schedule.apply(strategy.optimizers, progress.updates)
         with session.tracer.step(progress.updates):
             passes = int(totals[len(counts) : -3].nonzero().max())
             train_step(session, share, totals[: len(counts)], passes)
@@ -306,7 +308,7 @@ def _validate(session: Session) -> None:
     lowest = session.settings.train.lowest_is_best
     better = progress.record(scores[metric], lowest=lowest)
     session.schedule.step(scores[metric] if lowest else loss)
-    session.schedule.apply(strategy.optimizers)
+    session.schedule.apply(strategy.optimizers, progress.updates)
     values = {**scores, "loss": loss, "lr": _rate(session), "rows": len(predictions.rows)}
     session.log.write("val", progress, {**values, "best": better})
     if better and session.settings.train.restore == "best":

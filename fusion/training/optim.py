@@ -19,9 +19,14 @@ class OptimConfig(Config):
     group_lr: dict[str, float] = Field(default_factory=dict)
     """Learning rate by prefix of parameter names; the longest prefix wins; 0 freezes."""
     clip_norm: float | None = Field(default=None, gt=0)
-    schedule: Literal["constant", "plateau"] = "constant"
+    schedule: Literal["constant", "plateau", "linear", "cosine"] = "constant"
     """`plateau` halves the rate after `plateau_patience` epochs without a lower val loss: the
-    task's, or the one that selects."""
+    task's, or the one that selects. `linear` and `cosine` (half a period) fall over the updates of
+    all epochs to `final` of the rate."""
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    """Share of all updates over which the rate rises from 0, before any schedule."""
+    final: float = Field(default=0.0, ge=0, le=1)
+    """What `linear` and `cosine` end at, as a share of the rate."""
     plateau_factor: float = Field(default=0.5, gt=0, lt=1)
     plateau_patience: int = Field(default=10, ge=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,11 @@ def build_phased_optimizer(
 class Schedule:
     """A factor on every group's initial rate: the same in all optimizers and strategies."""
 
-    def __init__(self, config: OptimConfig) -> None:
+    def __init__(self, config: OptimConfig, updates: int) -> None:
+        """Start at the first of a run's `updates`."""
+        self._config = config
+        self._warm = round(config.warmup * updates)
+        self._updates = updates
         # torch's schedulers move the rate of an optimizer: here that of a stand-in, from 1.
         self._unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         self._plateau: ReduceLROnPlateau | None = None
@@ -145,11 +150,21 @@ class Schedule:
         if self._plateau is not None:
             self._plateau.step(loss)
 
-    def apply(self, optimizers: Sequence[Optimizer]) -> None:
-        """Set every group's rate."""
+    def factor(self, update: int) -> float:
+        """Of update 0, 1, ...: the share of its rate that each group has."""
+        plateau = float(self._unit.param_groups[0]["lr"])
+        if update < self._warm:
+            return plateau * (update + 1) / self._warm
+        place = min(1.0, (update - self._warm) / max(1, self._updates - self._warm))
+        fallen = {"linear": place, "cosine": (1 - math.cos(math.pi * place)) / 2}
+        return plateau * (1 - (1 - self._config.final) * fallen.get(self._config.schedule, 0.0))
+
+    def apply(self, optimizers: Sequence[Optimizer], update: int) -> None:
+        """Set every group's rate for an update."""
+        factor = self.factor(update)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self._unit.param_groups[0]["lr"]
+                group["lr"] = group["initial_lr"] * factor
 
     def dump(self) -> dict[str, Any]:
         """As JSON."""

@@ -51,7 +51,6 @@ def start(session: Session) -> None:
         strategy.load_moments(held.moments)
         held.restore_worker(strategy, settings.seed)
         session.schedule.load(held.meta.schedule)
-        session.schedule.apply(strategy.optimizers)
     event = {
         "event": "start",
         "updates": session.progress.updates,
