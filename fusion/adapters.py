@@ -70,7 +70,7 @@ def write_adapter(
     details = {
         "format": FORMAT,
         "labels": list(labels),
-        "base": text.base.name,
+        "base": text.base.title,
         "revision": text.base.revision,
         "base_sha256": text.base.sha256(),
         "sha256": sha256_file(folder / WEIGHTS),
@@ -141,7 +141,7 @@ def _save_config(folder: Path, text: TextEncoder) -> None:
     config = text.adapter_config(
         target_modules=sorted(f"{family.prefix}.{module}" for module in modules),
         task_type="SEQ_CLS",
-        base_model_name_or_path=text.base.name,
+        base_model_name_or_path=text.base.title,
         revision=text.base.revision,
         modules_to_save=[family.head],
         inference_mode=True,
@@ -170,6 +170,7 @@ def _details(folder: Path) -> dict[str, Any]:
 
 def _card(details: Mapping[str, Any], text: TextEncoder) -> str:
     options, revision = text.options, details["revision"] or "none: a folder"
+    shown = details["base"] if details["revision"] else f"<folder of {details['base']}>"
     labels = "\n".join(f"{place}. {label}" for place, label in enumerate(details["labels"]))
     count = len(details["labels"])
     trained = sum(p.numel() for n, p in text.model.named_parameters() if is_adapter(n))
@@ -199,7 +200,7 @@ a note, a line break, and a sentence of abnormal results.
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     base = AutoModelForSequenceClassification.from_pretrained(
-        {details["base"]!r}, num_labels={count}
+        {shown!r}, num_labels={count}
     )
     model = PeftModel.from_pretrained(base, "<this folder>")
     tokenizer = AutoTokenizer.from_pretrained("<this folder>")

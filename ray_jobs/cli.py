@@ -149,14 +149,16 @@ def export(
 ) -> None:
     """Put a run's best weights and all that predicting needs into one folder.
 
-    Weights (safetensors), config, preprocessing, a model card, and a hash of each file.
+    Weights (safetensors), config, preprocessing, a model card, and a hash of each file. Of a
+    language model on notes: its adapters and head in peft's layout, the base by name and hash.
     """
+    from fusion.adapters import WEIGHTS
     from ray_jobs import export as body
 
     written = body.run(run, out or run / "export")
-    say(
-        f"wrote {written}; predict with `rayfuse predict {written} INPUT --out predictions.parquet`"
-    )
+    predict_with = f"predict with `rayfuse predict {written} INPUT --out predictions.parquet`"
+    opened = "open it with peft, as its README.md shows"
+    say(f"wrote {written}; {opened if (written / WEIGHTS).is_file() else predict_with}")
 
 
 @app.command()

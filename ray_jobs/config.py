@@ -40,6 +40,8 @@ class ScalingConfig(Config):
     it."""
     use_gpu: bool = False
     resources_per_worker: dict[str, float] = Field(default_factory=dict)
+    """Ray's, e.g. {CPU: 4, GPU: 1}. A worker computes with that many CPU threads; where CPU is not
+    given, a node's workers share its cores."""
     strategy: StrategyName = "ddp"
     """`ddp` holds everything on every worker; `zero1` shards the optimizer's state over them,
     `zero2` the gradients too, `zero3` the parameters too."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
 from data.files import atomic_path, sha256_file, write_json, write_text
+from data.tasks import task_spec
 from ray_jobs.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -61,14 +62,15 @@ class Exported:
 
 
 def run(run_folder: Path, out: Path) -> Path:
-    """Write a run's export.
+    """Write a run's export; of a language model on notes, its adapters and head as peft has them.
 
     Args:
         run_folder: runs/<name> with its best weights; its shards are read for the normaliser.
         out: A folder that is absent or empty.
 
     Raises:
-        InputError: No such run, no weights, other shards, or something is in `out`.
+        InputError: No such run, no weights, other shards, something is in `out`, or it is a run of
+            admissions without adapters.
     """
     from safetensors.torch import save_file
 
@@ -78,13 +80,15 @@ def run(run_folder: Path, out: Path) -> Path:
 
     _refuse_filled(out)
     trained = inference.load(run_folder)
+    # A folder is renamed onto an absent one only.
+    if out.is_dir():
+        out.rmdir()
+    if task_spec(trained.config.task).unit == "admission":
+        return _adapters(trained, out)
     batches = trained.config.data.batches
     reader = ShardReader(trained.config.data.shards, batches.cache_dir)
     inference.check_learnt_on(trained, reader.manifest)
     normalizer = normalizer_for(reader, batches)
-    # A folder is renamed onto an absent one only.
-    if out.is_dir():
-        out.rmdir()
     with atomic_path(out) as folder:
         folder.mkdir()
         # Copies, for safetensors refuses tensors that share memory (tied weights).
@@ -104,6 +108,22 @@ def run(run_folder: Path, out: Path) -> Path:
     return out
 
 
+def _adapters(trained: Trained, out: Path) -> Path:
+    from fusion.adapters import write_adapter
+
+    model = trained.model
+    text = getattr(model, "text", None)
+    if text is None:
+        raise InputError(
+            f"{trained.config.name}: a run of {trained.config.task}; only language models with "
+            "adapters can be exported of tasks of admissions: score it with `rayfuse evaluate`"
+        )
+    labels = task_spec(trained.config.task).labels
+    with atomic_path(out) as folder:
+        write_adapter(folder, model.state_dict(), text, labels)
+    return out
+
+
 def load(folder: Path) -> Exported:
     """Read an export, refusing one that was altered.
 
@@ -114,7 +134,6 @@ def load(folder: Path) -> Exported:
 
     from data.batches import BatchConfig
     from data.episodes import Rules
-    from data.tasks import task_spec
     from fusion import registry
     from fusion.training.config import TrainConfig
 
@@ -166,7 +185,6 @@ def _config(trained: Trained, manifest: Manifest) -> dict[str, Any]:
 
 def _preprocessing(trained: Trained, manifest: Manifest, normalizer: Normalizer) -> dict[str, Any]:
     from data.schema import FEATURE_NAMES
-    from data.tasks import task_spec
     from data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
     spec, batches = task_spec(trained.config.task), trained.config.data.batches

@@ -99,8 +99,13 @@ def plan_run(config: RunConfig, machines: Machines) -> Plan:
         InputError: There are no shards, or the model's memory cannot be reckoned.
     """
     spec = task_spec(config.task)
-    cohort = read_cohort(config, spec)
     kind = registry.get(config.model.name)  # type: ignore[attr-defined]
+    if "notes" in kind.modalities:
+        raise InputError(
+            f"{config.name}: {kind.name} reads texts, whose lengths are not reckoned with; plan "
+            "its language model by `rayfuse plan --shape`"
+        )
+    cohort = read_cohort(config, spec)
     # The values of weights take no part.
     bare = {name: None for name in ("image_weights",) if hasattr(config.model, name)}
     block = config.model.model_copy(update=bare)

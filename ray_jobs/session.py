@@ -132,10 +132,10 @@ def listen(session: loop.Session, heart: Heart, folder: RunFolder) -> None:
 
 
 def name_rows(reader: ShardReader, rows: Sequence[int]) -> str:
-    """The ids of rows of the shards: of their stays, else of their images."""
-    keys = reader.keys().select(["stay_id", "dicom_id"]).take(list(rows[:NAMED_ROWS])).to_pylist()
-    stays = [str(key["stay_id"]) for key in keys if key["stay_id"] is not None]
-    images = [key["dicom_id"] for key in keys if key["stay_id"] is None]
-    parts = [f"stay_id {', '.join(stays)}"] if stays else []
-    parts += [f"dicom_id {', '.join(images)}"] if images else []
-    return "; ".join(parts)
+    """The ids of rows of the shards: of their stays, else of their images, else admissions."""
+    kinds = ("stay_id", "dicom_id", "hadm_id")
+    named: dict[str, list[str]] = {kind: [] for kind in kinds}
+    for key in reader.keys().select(kinds).take(list(rows[:NAMED_ROWS])).to_pylist():
+        kind = next(kind for kind in kinds if key[kind] is not None)
+        named[kind].append(str(key[kind]))
+    return "; ".join(f"{kind} {', '.join(ids)}" for kind, ids in named.items() if ids)

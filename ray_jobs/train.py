@@ -152,11 +152,12 @@ def _train(payload: dict[str, Any], heart: Heart, local_workers: int) -> dict[st
     from fusion.training.strategy import build_strategy
     from ray_jobs.session import listen, name_rows, open_session
 
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // local_workers))
+    config, folder = run_config.from_dump(payload["config"]), RunFolder(Path(payload["folder"]))
+    share = len(os.sched_getaffinity(0)) // local_workers
+    # Runs beside this one (trials of a search) have cores of their own if each says how many.
+    torch.set_num_threads(max(1, int(config.scaling.resources_per_worker.get("CPU", share))))
     torch.backends.cudnn.deterministic = True
     heart.beat("strategy")
-    config, folder = run_config.from_dump(payload["config"]), RunFolder(Path(payload["folder"]))
     try:
         scaling = config.scaling
         strategy = build_strategy(scaling.strategy, get_device(), scaling.offload)

@@ -81,6 +81,11 @@ class Base:
         """Of its architecture."""
         return FAMILIES[self.config.model_type]
 
+    @property
+    def title(self) -> str:
+        """Its name on the hub, or its folder's: what may leave this machine."""
+        return self.name if self.revision else self.folder.resolve().name
+
     def sha256(self) -> str:
         """Of its configuration and weights, wherever they lie; reads all of them."""
         files = [CONFIG, *sorted({path.name for path in WeightFiles(self).paths})]

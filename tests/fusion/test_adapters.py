@@ -60,10 +60,8 @@ def test_peft_reads_it_and_gives_the_same_logits(trained, make_batch, tmp_path, 
     assert linear == {"llama": 14, "mistral": 14, "bert": 13}[family]
     assert all(value.norm() > 0 for value in kept.values())
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == model.text.base.name
-    base = AutoModelForSequenceClassification.from_pretrained(
-        config["base_model_name_or_path"], num_labels=3
-    )
+    assert config["base_model_name_or_path"] == model.text.base.folder.name, "no path leaves"
+    base = AutoModelForSequenceClassification.from_pretrained(model.text.base.folder, num_labels=3)
     theirs = PeftModel.from_pretrained(base, folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs.config.pad_token_id = tokenizer.pad_token_id
@@ -96,6 +94,8 @@ def test_the_card_names_base_labels_and_hashes(trained, tmp_path):
     card = (tmp_path / "adapter" / "README.md").read_text()
     for expected in (*LABELS, model.text.base.sha256(), "rank 4", "`<eos>`", "library_name: peft"):
         assert expected in card
+    for path in (tmp_path / "adapter").iterdir():
+        assert str(model.text.base.folder.parent).encode() not in path.read_bytes(), path.name
 
 
 def test_an_adapter_that_does_not_fit_is_refused(trained, make_base, tmp_path):

@@ -188,6 +188,15 @@ def test_without_shards_the_next_command_is_named(run_yaml, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
+def test_a_model_of_texts_is_not_planned_as_if_it_read_none(run_yaml):
+    document = yaml.safe_load(run_yaml.read_text())
+    document |= {"task": "diagnoses", "model": {"name": "note_llm", "backbone": "unread"}}
+    run_yaml.write_text(yaml.safe_dump(document))
+    (config,) = run_config.load(run_yaml)
+    with pytest.raises(InputError, match=r"note_llm reads texts.*rayfuse plan --shape"):
+        plan.plan_run(config, _described())
+
+
 def test_a_running_cluster_is_read(run_yaml):
     (config,) = run_config.load(run_yaml, ["scaling.num_workers=3"])
     machines = plan_machines.live(config, None)
