@@ -110,17 +110,16 @@ def run(run_folder: Path, out: Path) -> Path:
 
 def _adapters(trained: Trained, out: Path) -> Path:
     from fusion.adapters import write_adapter
+    from fusion.models.note_llm import NoteLLM
 
-    model = trained.model
-    text = getattr(model, "text", None)
-    if text is None:
+    if not isinstance(trained.model, NoteLLM):
         raise InputError(
-            f"{trained.config.name}: a run of {trained.config.task}; only language models with "
-            "adapters can be exported of tasks of admissions: score it with `rayfuse evaluate`"
+            f"{trained.config.name}: a run of {trained.config.task}; of tasks of admissions only "
+            "note_llm can be exported, as peft's adapters: score it with `rayfuse evaluate`"
         )
     labels = task_spec(trained.config.task).labels
     with atomic_path(out) as folder:
-        write_adapter(folder, model.state_dict(), text, labels)
+        write_adapter(folder, trained.model.state_dict(), trained.model.text, labels)
     return out
 
 
