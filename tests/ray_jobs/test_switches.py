@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data.loader import open_stream
+from data.schema import N_FEATURES, Batch
 from data.tasks import task_spec
 from fusion import registry
 from fusion.training import loop
@@ -25,13 +26,12 @@ from ray_jobs.runs import RunFolder
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from data.schema import Batch
     from ray_jobs.config import RunConfig
 
 TASK = "phenotyping_48h"
 IMAGE = {"resize": 40, "size": 32}
-ELSEWHERE = ("rank_margin",)
-"""In docs/presets.md but in no preset; flipped in tests/fusion/models/test_drfuse.py."""
+ELSEWHERE = ("rank_margin", "reading", "shared_wb")
+"""In docs/presets.md but in no preset; flipped in the tests of DrFuse, MLTM and its encoder."""
 
 
 def _document(model: str, dotted: str | None = None, value: Any = None) -> dict[str, Any]:
@@ -39,9 +39,12 @@ def _document(model: str, dotted: str | None = None, value: Any = None) -> dict[
     kind = registry.get(model)
     document: dict[str, Any] = {
         "name": "flip",
-        "task": TASK,
-        "model": dict(kind.tiny()),
-        "data": {"shards": "shards", "batches": {"image": dict(IMAGE), "withhold_cxr": 0.0}},
+        "task": _task(model),
+        "model": kind.tiny().model_dump(),
+        "data": {
+            "shards": "shards",
+            "batches": {"image": dict(IMAGE), "withhold_cxr": 0.0, "labs": {"top": 3}},
+        },
         "init_from": dict.fromkeys(kind.pretrained, "weights"),
         "optim": {"lr": 3e-2},
         "train": {"epochs": 2, "batch_size": 5},
@@ -54,6 +57,31 @@ def _document(model: str, dotted: str | None = None, value: Any = None) -> dict[
             block = block.setdefault(parent, {})
         block[leaf] = value
     return document
+
+
+def _task(model: str) -> str:
+    return "diagnoses" if "notes" in registry.get(model).modalities else TASK
+
+
+def _admissions() -> Batch:
+    """Four rows with a note and results."""
+    generator = torch.Generator().manual_seed(0)
+    present = torch.ones(4, dtype=torch.bool)
+    return Batch(
+        ehr=torch.zeros(4, 1, N_FEATURES),
+        lengths=torch.ones(4, dtype=torch.int64),
+        cxr=torch.zeros(0, 3, 1, 1),
+        cxr_index=torch.zeros(0, dtype=torch.int64),
+        present={"ehr": ~present, "cxr": ~present, "notes": present, "labs": present},
+        targets=torch.tensor([0.0, 1.0, 0.0, 1.0])[:, None].expand(4, 10),
+        cxr_targets=torch.zeros(0, 14),
+        rows=np.arange(4),
+        notes=("fever", "no cough", "chest pain", "edema"),
+        notes_index=torch.arange(4),
+        lab_texts=("",) * 4,
+        labs=torch.rand(4, 3, generator=generator),
+        labs_observed=torch.ones(4, 3, dtype=torch.bool),
+    )
 
 
 def _lines() -> list[tuple[str, str, Any]]:
@@ -137,11 +165,15 @@ class Bench:
     def _forward(self, config: RunConfig) -> bytes:
         torch.manual_seed(0)
         kind = registry.get(config.model.name)
-        model = kind(config.model, task_spec(TASK)).train()
-        batch = next(
-            batch
-            for batch in self._stream(config, "train")
-            if 2 <= int(batch.present["cxr"].sum()) < len(batch)
+        model = kind(config.model, task_spec(config.task)).train()
+        batch = (
+            next(
+                batch
+                for batch in self._stream(config, "train")
+                if 2 <= int(batch.present["cxr"].sum()) < len(batch)
+            )
+            if config.task == TASK
+            else _admissions()
         )
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
