@@ -7,6 +7,8 @@ Prints JSON. Parts:
   seed by seed: regret after so many trials, and the 95 % interval of the mean difference.
 - ray: seconds of a trial through Tune and Train against calling `train.run`, and trials an hour
   with one and two at once, on synthetic shards.
+- caches: trials an hour of a fusion model with a frozen image encoder, whose outputs every trial
+  computes, or the first one for all (`train.cache_embeddings`), on synthetic shards with images.
 - sleepers: trials that only sleep, on pretended workers: scheduling overhead, the driver's memory.
 
 The first two go through the search's own code without Ray: study, sampler, journal, drive.
@@ -174,17 +176,21 @@ def samplers(seeds: int, trials: int, folder: Path) -> dict[str, Any]:
 
 def on_ray(shards: Path, folder: Path, trials: int) -> dict[str, Any]:
     """The same tiny run called directly, and as trials of a search, one and two at once."""
+    from data.manifest import Manifest
     from ray_jobs import cluster, train, tune
+
+    task = Manifest.load(shards).task
 
     def tiny(name: str) -> RunConfig:
         return RunConfig.model_validate(
             {
                 "name": name,
                 "runs_dir": folder,
-                "task": "mortality",
+                "task": task,
                 "model": {"name": "lstm", "hidden": 8},
                 "data": {"shards": shards},
                 "train": {"epochs": 3, "batch_size": 16, "patience": 100},
+                "scaling": {"resources_per_worker": {"CPU": 1}},
             }
         )
 
@@ -206,6 +212,53 @@ def on_ray(shards: Path, folder: Path, trials: int) -> dict[str, Any]:
         found[f"{at_once}_at_once"] = {
             "direct_s": round(direct, 1),
             "search_s_per_trial": round(spent / trials, 1),
+            "trials_per_hour": round(3600 * trials / spent, 1),
+        }
+    return found
+
+
+def caches(shards: Path, folder: Path, trials: int) -> dict[str, Any]:
+    """The same search with and without keeping a frozen encoder's outputs, one trial at a time."""
+    from data.manifest import Manifest
+    from ray_jobs import cluster, tune
+
+    task = Manifest.load(shards).task
+    images = {"resize": 64, "size": 64, "augment": False}
+    found: dict[str, Any] = {"trials": trials}
+    for shared in (False, True):
+        run = RunConfig.model_validate(
+            {
+                "name": "searched",
+                "runs_dir": folder,
+                "task": task,
+                "model": {"name": "medfuse", "hidden": 32, "fusion_hidden": 32, "depth": 34},
+                "data": {
+                    "shards": shards,
+                    "batches": {"image": images, "cache_dir": folder / f"cache-{shared}"},
+                },
+                "optim": {"group_lr": {"cxr_encoder": 0}},
+                "train": {
+                    "epochs": 5,
+                    "batch_size": 32,
+                    "patience": 100,
+                    "cache_embeddings": shared,
+                },
+            }
+        )
+        config = SearchConfig.model_validate(
+            {
+                "space": {"optim.lr": {"log": [1e-4, 1e-2]}},
+                "trials": trials,
+                "metrics": {"auroc": "max"},
+            }
+        )
+        with cluster.connect(num_cpus=1):
+            started = time.monotonic()
+            tune.run(tune.Plan(f"shared-{shared}", run, config, confirm=False))
+            spent = time.monotonic() - started
+        name = "kept_for_all" if shared else "computed_by_each"
+        found[name] = {
+            "seconds_per_trial": round(spent / trials, 1),
             "trials_per_hour": round(3600 * trials / spent, 1),
         }
     return found
@@ -273,7 +326,7 @@ def main() -> None:
     parser.add_argument("--parts", default="ridge,samplers", help="comma-separated")
     parser.add_argument("--seeds", type=int, default=30)
     parser.add_argument("--trials", type=int, default=40)
-    parser.add_argument("--shards", type=Path, help="for the part `ray`")
+    parser.add_argument("--shards", type=Path, help="for the parts `ray` and `caches`")
     parser.add_argument("--ray-trials", type=int, default=6)
     parser.add_argument("--sleepers", type=int, default=500)
     parser.add_argument("--workers", type=int, default=64)
@@ -290,6 +343,10 @@ def main() -> None:
             if options.shards is None:
                 parser.error("the part `ray` needs --shards")
             found["ray"] = on_ray(options.shards, folder / "ray", options.ray_trials)
+        if "caches" in parts:
+            if options.shards is None:
+                parser.error("the part `caches` needs --shards with images")
+            found["caches"] = caches(options.shards, folder / "caches", options.ray_trials)
         if "sleepers" in parts:
             place = folder / "sleepers"
             found["sleepers"] = sleepers(options.sleepers, options.workers, 5.0, place)

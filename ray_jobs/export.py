@@ -110,16 +110,16 @@ def run(run_folder: Path, out: Path) -> Path:
 
 def _adapters(trained: Trained, out: Path) -> Path:
     from fusion.adapters import write_adapter
-    from fusion.models.note_llm import NoteLLM
 
-    if not isinstance(trained.model, NoteLLM):
+    if trained.model.name != "note_llm":
         raise InputError(
             f"{trained.config.name}: a run of {trained.config.task}; of tasks of admissions only "
             "note_llm can be exported, as peft's adapters: score it with `rayfuse evaluate`"
         )
     labels = task_spec(trained.config.task).labels
+    text: Any = trained.model.text
     with atomic_path(out) as folder:
-        write_adapter(folder, trained.model.state_dict(), trained.model.text, labels)
+        write_adapter(folder, trained.model.state_dict(), text, labels)
     return out
 
 

@@ -24,12 +24,16 @@ if TYPE_CHECKING:
 
 PACKAGES = ("data", "fusion", "ray_jobs")
 CODE = (".py", ".yaml", ".yml", ".j2", ".css", ".md", ".sbatch", ".txt")
-# Open tables that the package ships, with their licences; a job needs them.
+# Open tables that the package ships, with their licences, and a language model without weights for
+# tests and benchmarks; a job needs them.
 RESOURCES = (
     "data/resources/ccs_2015_icd9.csv.gz",
     "data/resources/gem_2018_icd10_to_icd9.csv.gz",
     "data/resources/gem_2018_icd9_to_icd10.csv.gz",
     "data/resources/items.csv",
+    "fusion/encoders/tiny_llama/config.json",
+    "fusion/encoders/tiny_llama/tokenizer.json",
+    "fusion/encoders/tiny_llama/tokenizer_config.json",
 )
 # Left out: caches, and the open demo patients, whom no job on a cluster reads.
 SKIPPED = ("*/__pycache__/*", "*.py[co]", "data/demo/mimic-*/*")

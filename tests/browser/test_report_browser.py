@@ -1,4 +1,4 @@
-"""The report in a real headless Chromium at desktop and phone width; pictures go to shots/."""
+"""Reports in a real headless Chromium at desktop and phone width; pictures go to shots/."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from PIL import Image
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SHOTS = Path(__file__).parents[2] / "shots"
+ROOT = Path(__file__).parents[2]
+SHOTS = ROOT / "shots"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = (
     "--headless",
@@ -64,10 +65,20 @@ class Requests(http.server.SimpleHTTPRequestHandler):
         self.asked.append(self.path)
 
 
+@pytest.fixture(scope="module", params=["report", "search"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Of a run, or of a search: the example that the docs keep."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def site(report_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
+def site(
+    kind: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple]:
     folder = tmp_path_factory.mktemp("site")
-    shutil.copy(report_file, folder / "report.html")
+    example = ROOT / "docs" / "examples" / "drfuse-paper-search.html"
+    page = example if kind == "search" else request.getfixturevalue("report_file")
+    shutil.copy(page, folder / "report.html")
     asked: list[str] = []
     handler = type("Handler", (Requests,), {"asked": asked})
     server = http.server.ThreadingHTTPServer(
@@ -134,11 +145,13 @@ def test_nothing_but_the_file_is_asked_for(site: tuple, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "width"), [("desktop", 1280), ("phone", 390)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pictures(site: tuple, tmp_path: Path, name: str, width: int, scheme: str) -> None:
+def test_pictures(
+    site: tuple, kind: str, tmp_path: Path, name: str, width: int, scheme: str
+) -> None:
     """A page as high as the report in a frame of the width: Chromium's window has a least width."""
     folder, address, _ = site
     SHOTS.mkdir(exist_ok=True)
-    target = SHOTS / f"report-{name}-{scheme}.png"
+    target = SHOTS / f"{kind}-{name}-{scheme}.png"
     target.unlink(missing_ok=True)
     high = min(_layout(site, tmp_path, width)["height"] + 40, 12_000)
     frame = f'<iframe src="report.html" style="border:0;width:{width}px;height:{high}px"></iframe>'

@@ -71,8 +71,9 @@ def test_equal_code_makes_an_equal_archive(clone: Path, tmp_path: Path) -> None:
     assert one.path.read_bytes() == two.path.read_bytes()
 
 
-def test_only_the_known_open_tables_are_exempt() -> None:
-    found = {f"data/resources/{p.name}" for p in (ROOT / "data/resources").iterdir()}
+def test_only_the_known_open_tables_and_the_tiny_model_are_exempt() -> None:
+    folders = ("data/resources", "fusion/encoders/tiny_llama")
+    found = {f"{folder}/{path.name}" for folder in folders for path in (ROOT / folder).iterdir()}
     assert {name for name in found if not name.endswith(package.CODE)} == set(package.RESOURCES)
 
 
