@@ -33,6 +33,7 @@ check: $(STAMP)  ## ruff, formatter, strict types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 
 test: check  ## everything that needs no cluster, one representative of each mechanism
 	$(BIN)/pytest -m "not slow and not gpu and not browser"

@@ -64,9 +64,9 @@ def main() -> None:
     slow = naive(targets, scores, subjects, options.naive_resamples)
     naive_seconds = time.process_time() - started
     scaled = naive_seconds * options.resamples / options.naive_resamples
+    both = (fast.draws["auroc"], fast.draws["auprc"])
     difference = max(
-        float(np.abs(fast.draws[name][:-1, : len(slow)].T - slow[:, m]).max())
-        for m, name in enumerate(("auroc", "auprc"))
+        float(np.abs(draws[:-1, : len(slow)].T - slow[:, m]).max()) for m, draws in enumerate(both)
     )
     print(
         json.dumps(

@@ -19,7 +19,9 @@ import platform
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,6 +35,9 @@ from fusion.training import loop
 from fusion.training.config import CheckpointConfig, TrainConfig
 from fusion.training.optim import OptimConfig
 from fusion.training.strategy import Single
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, HOURS, IMAGE = 16, 48, 224
@@ -93,10 +98,11 @@ def train(model: str, folder: Path, asynchronous: bool | None, saves: int) -> di
         def rotate(self):
             pass
 
-    session.log = Log()
-    session.beat = lambda stage, progress: (
-        stage == "census" and began.append((time.perf_counter(), time.process_time()))
-    )
+    def beat(stage, progress):
+        if stage == "census":
+            began.append((time.perf_counter(), time.process_time()))
+
+    session.log, session.beat = Log(), beat
     # The first cycle warms up; the last save is of the stop.
     session.stop_requested = lambda: session.progress.updates >= CYCLE * (saves + 1)
     loop.fit(session)
@@ -215,7 +221,8 @@ def main() -> None:
         "others_on_the_machine": {"load_average_before": os.getloadavg()[0]},
     }
     before = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {}
-    parts = {model: lambda model=model: cost(model, given.saves) for model in given.models}
+    parts: dict[str, Callable[[], dict]] = {}
+    parts |= {model: partial(cost, model, given.saves) for model in given.models}
     if not given.no_recovery:
         parts["recovery"] = recovery
     for name, measure in parts.items():

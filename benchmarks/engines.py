@@ -139,9 +139,9 @@ def main() -> None:
             command = [sys.executable, __file__, str(given.file), "--engine", name]
             done = subprocess.run(command, check=True, capture_output=True, env=environment)
             results[name].append(json.loads(done.stdout.decode().splitlines()[-1]))
-    groups = {run["groups"] for runs in results.values() for run in runs}
-    if len(groups) != 1:
-        raise SystemExit(f"the engines disagree: {groups}")
+    counted = {run["groups"] for runs in results.values() for run in runs}
+    if len(counted) != 1:
+        raise SystemExit(f"the engines disagree: {counted}")
     best = {name: min(runs, key=lambda run: run["cpu_s"]) for name, runs in results.items()}
     print(json.dumps(best, indent=2))
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -89,8 +89,9 @@ def plant(shards: Path, encoder: Path) -> tuple[float, dict[str, Rows]]:
     torch.manual_seed(0)
     kind = registry.get("lstm")
     model = kind(kind.Config.model_validate({"name": "lstm", "hidden": HIDDEN}), spec).eval()
+    lstm = model.get_submodule("ehr_encoder")
     with torch.no_grad():
-        for name, value in model.ehr_encoder.named_parameters():
+        for name, value in lstm.named_parameters():
             for part, factor in SPREAD.items():
                 if part in name:
                     value.mul_(factor)
@@ -98,7 +99,8 @@ def plant(shards: Path, encoder: Path) -> tuple[float, dict[str, Rows]]:
     reader = ShardReader(shards, None)
     generator = np.random.default_rng(0)
     weights = TAU * generator.normal(size=(HIDDEN + 1, len(spec.labels)))
-    features, labels = np.empty((reader.manifest.rows, HIDDEN + 1)), {}
+    features = np.empty((reader.manifest.rows, HIDDEN + 1))
+    labels: dict[int, NDArray[np.float64]] = {}
     found: dict[str, Rows] = {}
     for split in ("train", "val", "test"):
         stream = open_stream(
@@ -107,7 +109,7 @@ def plant(shards: Path, encoder: Path) -> tuple[float, dict[str, Rows]]:
         for batch in stream.epoch(0):
             assert batch is not None
             with torch.no_grad():
-                values = model.ehr_encoder(*present_series(batch)).double().numpy()
+                values = lstm(*present_series(batch)).double().numpy()
             features[batch.rows] = np.hstack([values, np.ones((len(batch), 1))])
         stream.close()
         rows = reader.rows_of(split)

@@ -98,7 +98,8 @@ def search(
     place.open(found, run)
 
     def body(job: Job, tell: Callable[[str, Any], None]) -> Ending:
-        return Ending("finished", values={"loss": score(job.values)}, epoch=1)
+        values = {path: float(value) for path, value in job.values.items() if value is not None}
+        return Ending("finished", values={"loss": score(values)}, epoch=1)
 
     def silent(line: str) -> None:
         """Nothing."""
