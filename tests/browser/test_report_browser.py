@@ -51,6 +51,8 @@ frame.onload = () => {
     parseFloat(getComputedStyle(node).fontSize) < 11).length;
   document.title = JSON.stringify({width, scroll: page.documentElement.scrollWidth,
     height: page.documentElement.scrollHeight, wide, small,
+    tall: Math.max(...[...page.querySelectorAll("tbody tr")].map(
+      row => row.getBoundingClientRect().height)),
     figures: [...page.querySelectorAll("figure svg")].filter(
       svg => svg.getBoundingClientRect().height < 60).length});
 };</script>"""
@@ -120,6 +122,7 @@ def test_it_is_readable_without_scrolling_sideways(site: tuple, tmp_path: Path, 
     assert layout["scroll"] <= width
     assert layout["wide"] == []
     assert layout["small"] == 0
+    assert layout["tall"] < 200, "a squeezed cell makes its row tall"
     assert layout["figures"] == 0
 
 
