@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from data.tasks import task_spec
 from ray_jobs.runs import RunFolder
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from data.batches import BatchConfig
@@ -80,16 +82,13 @@ def run(run_folder: Path, out: Path) -> Path:
 
     _refuse_filled(out)
     trained = inference.load(run_folder)
-    # A folder is renamed onto an absent one only.
-    if out.is_dir():
-        out.rmdir()
     if task_spec(trained.config.task).unit == "admission":
         return _adapters(trained, out)
     batches = trained.config.data.batches
     reader = ShardReader(trained.config.data.shards, batches.cache_dir)
     inference.check_learnt_on(trained, reader.manifest)
     normalizer = normalizer_for(reader, batches)
-    with atomic_path(out) as folder:
+    with _new(out) as folder:
         folder.mkdir()
         # Copies, for safetensors refuses tensors that share memory (tied weights).
         state = trained.model.state_dict().items()
@@ -118,7 +117,7 @@ def _adapters(trained: Trained, out: Path) -> Path:
         )
     labels = task_spec(trained.config.task).labels
     text: Any = trained.model.text
-    with atomic_path(out) as folder:
+    with _new(out) as folder:
         write_adapter(folder, trained.model.state_dict(), text, labels)
     return out
 
@@ -159,6 +158,15 @@ def load(folder: Path) -> Exported:
         extract=steps["extract"],
         digest=sha256_file(folder / MANIFEST),
     )
+
+
+@contextmanager
+def _new(out: Path) -> Iterator[Path]:
+    """`atomic_path` of a folder that is absent or empty: it is renamed onto an absent one only."""
+    if out.is_dir():
+        out.rmdir()
+    with atomic_path(out) as folder:
+        yield folder
 
 
 def _refuse_filled(out: Path) -> None:
