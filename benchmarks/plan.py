@@ -16,12 +16,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data.schema import Batch
+    from data.tasks import TaskSpec
+    from fusion.planning.dry import Rows
+    from fusion.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -73,6 +80,46 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"precision": "bf16"},
     },
 }
+BASE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "intermediate_size": 2816,
+    "vocab_size": 12000,
+    "max_position_embeddings": 2048,
+}
+"""Of the language models of the text cases; weights are drawn, the tokenizer is the shipped one."""
+LORA = {"adapter": "lora", "rank": 16}
+TEXT_CASES: dict[str, dict[str, Any]] = {
+    "note": {"config": {**LORA, "base_precision": "fp32"}, "rows": [4, 384, 0, 32]},
+    "note-bf16": {"config": LORA, "rows": [8, 512, 0, 32]},
+    "note-packed": {"config": {**LORA, "layout": "packed"}, "rows": [6, 512, 0, 32]},
+    "note-dora": {"config": {**LORA, "adapter": "dora"}, "rows": [6, 384, 0, 32]},
+    "note-recompute": {
+        "config": LORA,
+        "rows": [24, 512, 0, 32],
+        "train": {"recompute": True},
+    },
+    "note-full": {"config": {"adapter": "full"}, "rows": [2, 256, 0, 32]},
+    "note-ddp": {"config": LORA, "rows": [4, 512, 0, 32], "strategy": "ddp"},
+    "note-zero2": {"config": LORA, "rows": [4, 512, 0, 32], "strategy": "zero2"},
+    "note-zero3": {"config": LORA, "rows": [4, 512, 0, 32], "strategy": "zero3"},
+    "medfuse-llm": {
+        "model": "medfuse_llm",
+        "config": {**LORA, "items": 100},
+        "rows": [8, 512, 0, 32],
+        "lab_columns": 100,
+    },
+    "medfuse-llm-zero3": {
+        "model": "medfuse_llm",
+        "config": {**LORA, "items": 100},
+        "rows": [4, 448, 0, 32],
+        "lab_columns": 100,
+        "strategy": "zero3",
+    },
+}
+CASES |= {name: {"model": "note_llm", **case} for name, case in TEXT_CASES.items()}
 CALIBRATED_ON = [
     "medfuse: 16 rows of 224 px (fp32, bf16, channels-last); ddp, 8 rows a worker of 112 px",
     "drfuse: 16 rows of 224 px; ddp, 4 rows a worker of 112 px",
@@ -86,33 +133,63 @@ EXACT = {
 }
 
 
-def factory(case: dict[str, Any]):
+def factory(case: dict[str, Any], folder: Path):
+    """How to build a case's model, and its task."""
     from data.tasks import task_spec
     from fusion import registry
     from fusion.planning.shapes import Llama, LlamaConfig
 
-    spec = task_spec("phenotyping")
     if case["model"] == "llama":
+        spec = task_spec("phenotyping")
         config = LlamaConfig.model_validate(case["config"])
         return lambda: Llama(config, spec), spec
     kind = registry.get(case["model"])
-    return lambda: kind(kind.Config(name=case["model"]), spec), spec
+    given: dict[str, Any] = {"name": case["model"], **case.get("config", {})}
+    if "notes" in kind.modalities:
+        given |= {"backbone": str(base(folder)), "random_weights": True}
+        given["max_length"] = case["rows"][1]
+    spec = task_spec("diagnoses" if "notes" in kind.modalities else "phenotyping")
+    return lambda: kind(kind.Config.model_validate(given), spec), spec
+
+
+def base(folder: Path) -> Path:
+    """A language model's configuration and tokenizer."""
+    from fusion.encoders.text_base import TINY_LLAMA
+
+    made = folder / "base"
+    if not made.is_dir():
+        shutil.copytree(TINY_LLAMA, made)
+        path = made / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **BASE}))
+    return made
+
+
+def rows_of(case: dict[str, Any], rows: int, images: int) -> Rows:
+    """So many rows of the case's shape."""
+    from fusion.planning.dry import Rows
+
+    _, length, _, size = case["rows"]
+    if "lab_columns" not in case and not case["model"].startswith("note"):
+        return Rows((length,) * rows, images, size)
+    # Longer than max_length in any tokenizer, so cut to it.
+    texts = (("pain " * length, ""),) * rows
+    return Rows((1,) * rows, texts=texts, lab_columns=case.get("lab_columns", 0))
 
 
 def predict(case: dict[str, Any]) -> dict[str, Any]:
     """What `rayfuse plan` reckons of one worker, above the import baseline."""
-    from fusion.planning.dry import Rows, dry_step
+    from fusion.planning.dry import dry_step
     from fusion.planning.memory import RUNTIME, Layout, footprint
     from fusion.tasks import Task
-    from fusion.training.config import TrainConfig
     from fusion.training.optim import OptimConfig
 
-    make, spec = factory(case)
-    train = TrainConfig.model_validate(case.get("train", {}))
-    rows, steps, images, size = case["rows"]
+    train = _train(case)
+    rows, _, images, _ = case["rows"]
     parts = train.accumulation
-    micro = Rows((steps,) * -(-rows // parts), -(-images // parts), size)
-    step = dry_step(make, Task(spec), train, OptimConfig(), micro)
+    micro = rows_of(case, -(-rows // parts), -(-images // parts))
+    with tempfile.TemporaryDirectory() as folder:
+        make, spec = factory(case, Path(folder))
+        step = dry_step(make, Task(spec), train, OptimConfig(), micro)
     strategy = case.get("strategy", "single")
     world = 1 if strategy == "single" else 2
     layout = Layout(strategy, case.get("offload", "none"), world, parts)
@@ -125,14 +202,12 @@ def predict(case: dict[str, Any]) -> dict[str, Any]:
 
 def worker(case: dict[str, Any], rank: int, world: int, store: str) -> None:
     """Train two steps and print this process's memory."""
-    import numpy as np
     import torch
     import torch._dynamo
 
-    from data.schema import MODALITIES, N_FEATURES, Batch
     from fusion.tasks import Task
     from fusion.training import loop
-    from fusion.training.config import CheckpointConfig, TrainConfig
+    from fusion.training.config import CheckpointConfig
     from fusion.training.objective import census
     from fusion.training.optim import OptimConfig
     from fusion.training.optimizers import train_mode
@@ -140,8 +215,8 @@ def worker(case: dict[str, Any], rank: int, world: int, store: str) -> None:
     from fusion.training.strategy import build_strategy
 
     torch.set_num_threads(1)
-    make, spec = factory(case)
-    if case["model"] == "llama":
+    make, spec = factory(case, Path(store).parent)
+    if spec.name == "diagnoses" or case["model"] == "llama":
         import peft  # noqa: F401
         import transformers.models.llama.modeling_llama  # noqa: F401
     strategy_name = case.get("strategy", "single")
@@ -151,25 +226,10 @@ def worker(case: dict[str, Any], rank: int, world: int, store: str) -> None:
         )
     _warm(torch)
     strategy = build_strategy(strategy_name, "cpu", case.get("offload", "none"))
-    base = _status("VmRSS")
-    settings = loop.Settings(
-        TrainConfig.model_validate(case.get("train", {})), OptimConfig(), CheckpointConfig()
-    )
+    baseline = _status("VmRSS")
+    settings = loop.Settings(_train(case), OptimConfig(), CheckpointConfig())
     loop.prepare(strategy, make, settings)
-    rows, steps, images, size = case["rows"]
-    present = {name: torch.zeros(rows, dtype=torch.bool) for name in MODALITIES}
-    present["ehr"][:] = True
-    present["cxr"][:images] = True
-    batch = Batch(
-        ehr=torch.randn(rows, steps, N_FEATURES),
-        lengths=torch.full((rows,), steps),
-        cxr=torch.randn(images, 3, size, size),
-        cxr_index=torch.arange(images),
-        present=present,
-        targets=torch.ones(rows, len(spec.labels)),
-        cxr_targets=torch.zeros(images, 14),
-        rows=np.arange(rows),
-    )
+    batch = _batch(case, spec)
 
     class Stream:
         steps_per_epoch = 1
@@ -187,8 +247,42 @@ def worker(case: dict[str, Any], rank: int, world: int, store: str) -> None:
             began = time.perf_counter()
             loop.train_step(session, batch, strategy.sum(census(batch, strategy.model)))
             seconds = time.perf_counter() - began
-            peaks.append(_status("VmHWM") - base)
-    print(json.dumps({"base": base, "peak": peaks[-1], "first": peaks[0], "seconds": seconds}))
+            peaks.append(_status("VmHWM") - baseline)
+    print(json.dumps({"base": baseline, "peak": peaks[-1], "first": peaks[0], "seconds": seconds}))
+
+
+def _train(case: dict[str, Any]) -> TrainConfig:
+    from fusion.training.config import TrainConfig
+
+    return TrainConfig.model_validate({"tokens_per_pass": None, **case.get("train", {})})
+
+
+def _batch(case: dict[str, Any], spec: TaskSpec) -> Batch:
+    """All rows of a case, with values."""
+    from dataclasses import replace
+
+    import numpy as np
+    import torch
+
+    rows, _, images, _ = case["rows"]
+    shapes = rows_of(case, rows, images).batch(spec)
+    present = {name: torch.zeros(rows, dtype=torch.bool) for name in shapes.present}
+    present["ehr"][:] = True
+    present["cxr"][:images] = True
+    present["labs"][:] = True
+    return replace(
+        shapes,
+        ehr=torch.randn(shapes.ehr.shape),
+        lengths=torch.full((rows,), shapes.ehr.shape[1]),
+        cxr=torch.randn(shapes.cxr.shape),
+        cxr_index=torch.arange(images),
+        present=present,
+        targets=torch.ones(rows, len(spec.labels)),
+        cxr_targets=torch.zeros(images, 14),
+        labs=torch.rand(shapes.labs.shape),
+        labs_observed=torch.ones(shapes.labs.shape, dtype=torch.bool),
+        rows=np.arange(rows),
+    )
 
 
 def _warm(torch: Any) -> None:
@@ -216,6 +310,7 @@ def measure(case: dict[str, Any], *, exact: bool) -> dict[str, Any]:
         "DS_ACCELERATOR": "cpu",
     }
     with tempfile.TemporaryDirectory() as folder:
+        base(Path(folder))
         running = [
             subprocess.Popen(
                 [
@@ -291,7 +386,7 @@ def paper_table() -> str:
                 layout = option.layout
                 lines.append(
                     f"| {name} | {note} | {count} | {layout.strategy} | {layout.offload} | "
-                    f"{option.rows} x {layout.accumulation} | {gib(option.device)} | "
+                    f"{option.cut.rows} x {layout.accumulation} | {gib(option.device)} | "
                     f"{gib(option.host)} | {option.seconds:.3g} |"
                 )
     return "\n".join(lines)

@@ -3,72 +3,35 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from data.errors import InputError
-from data.manifest import Manifest
-from data.schema import N_CHANNELS
 from data.tasks import TaskSpec, task_spec
 from fusion import registry
 from fusion.planning import machines as m
 from fusion.planning.dry import Rows, dry_step
-from fusion.planning.options import (
-    Option,
-    gib,
-    key_to_change,
-    layouts,
-    recommend,
-    weigh,
-)
+from fusion.planning.options import Option, gib, key_to_change, layouts, recommend, weigh
 from fusion.planning.shapes import Llama, LlamaConfig
 from fusion.planning.shapes import shape as known_shape
 from fusion.tasks import Task
 from fusion.training.config import TrainConfig
 from fusion.training.optim import OptimConfig
 from ray_jobs import plan_machines
+from ray_jobs.plan_cohort import accumulations, cuts, read_cohort, texts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from fusion.model import FusionModel
     from fusion.planning.dry import Step
     from fusion.planning.machines import Machines
+    from fusion.planning.options import Cut
     from ray_jobs.config import RunConfig
-
-ACCUMULATIONS = (1, 2, 4, 8)
-SAMPLED_ROWS = 20_000
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """What a run trains on.
-
-    Attributes:
-        rows: Training rows of an epoch.
-        images: Share of them that has an image.
-        lengths: Sorted sample of the lengths of their series.
-        cache: Bytes of the shards, and so about of the row cache on each node.
-    """
-
-    rows: int
-    images: float
-    lengths: np.ndarray
-    cache: int
-
-    def micro(self, rows: int, image_size: int) -> Rows:
-        """An unlucky micro-batch: its longest row is the longest of all, and images are many.
-
-        Images: their mean number and three standard deviations more.
-        """
-        quantiles = (np.arange(rows) + 0.5) / rows
-        lengths = np.quantile(self.lengths, quantiles, method="nearest").astype(int)
-        lengths[-1] = self.lengths[-1]
-        share = self.images
-        images = rows * share + 3 * math.sqrt(rows * share * (1 - share))
-        return Rows(tuple(lengths.tolist()), min(rows, math.ceil(images)), image_size)
+    from ray_jobs.plan_cohort import Cohort, Texts
 
 
 @dataclass(frozen=True)
@@ -100,50 +63,48 @@ def plan_run(config: RunConfig, machines: Machines) -> Plan:
     """
     spec = task_spec(config.task)
     kind = registry.get(config.model.name)  # type: ignore[attr-defined]
-    if "notes" in kind.modalities:
-        raise InputError(
-            f"{config.name}: {kind.name} reads texts, whose lengths are not reckoned with; plan "
-            "its language model by `rayfuse plan --shape`"
-        )
     cohort = read_cohort(config, spec)
     # The values of weights take no part.
     bare = {name: None for name in ("image_weights",) if hasattr(config.model, name)}
     block = config.model.model_copy(update=bare)
-    size = config.data.batches.image.size
+    with torch.device("meta"):
+        model = kind(block, spec)
+    texts = texts_of(cohort, model, spec)
 
     def options(train: TrainConfig, machines: Machines) -> list[Option]:
         share = -(-train.batch_size // machines.world)
-        sizes = _micro_sizes(share, train.accumulation)
-        steps = {
-            rows: dry_step(
-                lambda: kind(block, spec),
-                Task(spec),
-                train,
-                config.optim,
-                cohort.micro(rows, size),
-                cpu=machines.gpu is None,
+        steps = [
+            (
+                cut,
+                dry_step(
+                    lambda: kind(block, spec),
+                    Task(spec),
+                    train,
+                    config.optim,
+                    rows,
+                    cpu=machines.gpu is None,
+                ),
             )
-            for rows in sizes
-        }
-        return _options(steps, sizes, machines, train.precision)
+            for cut, rows in cuts(cohort, texts, train, share, config.data.batches.image.size)
+        ]
+        return _options(steps, machines, train.precision)
 
     found = options(config.train, machines)
     best, change = _best(found), None
     if not best:
         change = key_to_change(_changes(config.train, machines, options))
     per_epoch = -(-cohort.rows // config.train.batch_size)
-    whole = found[0].memory.resident
-    state = whole["weights"] + whole["buffers"]
     head = (
-        f"{config.name}: {config.model.name}, {whole['weights'] // 4:,} parameters, "  # type: ignore[attr-defined]
+        f"{config.name}: {config.model.name}, "  # type: ignore[attr-defined]
+        f"{sum(each.numel() for each in model.parameters()):,} parameters, "
         f"{config.train.precision}, {config.train.batch_size} rows a step on {machines.world} "
         "worker(s)",
-        f"data: {cohort.rows:,} training rows, {cohort.images:.0%} with an image of {size} px, "
-        f"series of {int(np.median(cohort.lengths))} steps (longest {cohort.lengths[-1]})",
+        "data: " + ", ".join(_data_in_words(cohort, texts, model, config)),
         plan_machines.in_words(machines, config.train.precision),
     )
+    state, moments = _saved(model), found[0].memory.resident["moments"]
     keep = config.checkpoint.num_to_keep
-    checkpoints = (keep + 1) * (state + whole["moments"]) + 2 * state
+    checkpoints = (keep + 1) * (state + moments) + 2 * state
     disk = (
         f"disk: {gib(checkpoints)} in {config.folder} ({keep} checkpoints, one being written, the "
         f"best weights twice); {gib(cohort.cache)} of row cache on each node"
@@ -178,15 +139,15 @@ def plan_shape(
         raise InputError("--sequence, --batch and --lora-rank must be 1 or more")
     shape = known_shape(name)
     share = -(-batch // machines.world)
-    sizes = _micro_sizes(share, 1)
+    ways = accumulations(share)
 
     def options(train: TrainConfig, machines: Machines) -> list[Option]:
         found = []
         for note, rank in (("full", None), (f"lora {lora_rank}", lora_rank)):
             config, cpu = LlamaConfig.of(shape, rank), machines.gpu is None
             one, two = (_shape_step(config, train, sequence, rows, cpu) for rows in (1, 2))
-            steps = {rows: one.extended(two, rows) for rows in sizes}
-            found += _options(steps, sizes, machines, train.precision, note)
+            steps = [(cut, one.extended(two, cut.rows)) for cut in ways]
+            found += _options(steps, machines, train.precision, note)
         return found
 
     found = options(train, machines)
@@ -229,69 +190,39 @@ def shape_training(precision: str, *, recompute: bool) -> TrainConfig:
     return TrainConfig.model_validate({"precision": precision, "recompute": recompute})
 
 
-def read_cohort(config: RunConfig, spec: TaskSpec) -> Cohort:
-    """What the manifest and the shards say of the training split.
-
-    Raises:
-        InputError: There are no finished shards, or no training rows.
-    """
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    folder, batches = config.data.shards, config.data.batches
-    manifest = Manifest.load(folder)
-    overlap = manifest.overlap.get("train", {})
-    rows, paired = manifest.splits.get("train", 0), overlap.get("cxr", 0)
-    if batches.train_rows == "paired":
-        rows = paired
-    elif spec.unit == "stay":
-        rows = paired + round(batches.unpaired_fraction * (rows - paired))
-    if not rows:
-        raise InputError(f"{folder}: no training rows to plan for; extract more subjects")
-    lengths: list[np.ndarray] = []
-    column = "ehr_observed"
-    for file in manifest.files:
-        values = pq.read_table(folder / file.name, columns=[column])[column]
-        counts = pc.fill_null(pc.list_value_length(values), 0).to_numpy()
-        lengths.append(np.maximum(counts // N_CHANNELS, 1))
-        if sum(map(len, lengths)) >= SAMPLED_ROWS:
-            break
-    sample = np.sort(np.concatenate(lengths))
-    if batches.max_steps is not None:
-        sample = np.minimum(sample, batches.max_steps)
-    return Cohort(
-        rows,
-        min(1.0, paired / rows) * (1 - batches.withhold_cxr),
-        sample,
-        sum((folder / file.name).stat().st_size for file in manifest.files),
-    )
-
-
-def _micro_sizes(share: int, accumulation: int) -> dict[int, int]:
-    """Rows of a micro-batch -> the fewest micro-batches that have so few, at most."""
-    counts = sorted({accumulation, *ACCUMULATIONS, share})
-    sizes: dict[int, int] = {}
-    for count in counts:
-        if count <= share:
-            sizes.setdefault(-(-share // count), count)
-    return sizes or {1: 1}
-
-
 def _options(
-    steps: dict[int, Step],
-    sizes: dict[int, int],
-    machines: Machines,
-    precision: str,
-    note: str = "",
+    steps: Sequence[tuple[Cut, Step]], machines: Machines, precision: str, note: str = ""
 ) -> list[Option]:
-    found = []
     base = m.HOST_BASE if machines.gpu is not None else plan_machines.process_base()
-    by_count = {count: rows for rows, count in sizes.items()}
-    gpu = machines.gpu is not None
-    for layout in layouts(machines.world, gpu=gpu, accumulations=sorted(by_count)):
-        rows = by_count[layout.accumulation]
-        found.append(weigh(layout, rows, steps[rows], machines, precision, base, note))
+    by_count = {cut.count: (cut, step) for cut, step in steps}
+    found = []
+    for layout in layouts(machines.world, gpu=machines.gpu is not None, counts=sorted(by_count)):
+        cut, step = by_count[layout.accumulation]
+        found.append(weigh(layout, cut, step, machines, precision, base, note))
     return found
+
+
+def _data_in_words(
+    cohort: Cohort, texts: Texts | None, model: FusionModel, config: RunConfig
+) -> Iterator[str]:
+    yield f"{cohort.rows:,} training rows"
+    if "cxr" in model.modalities:
+        yield f"{cohort.images:.0%} with an image of {config.data.batches.image.size} px"
+    if "ehr" in model.modalities:
+        lengths = cohort.lengths
+        yield f"series of {int(np.median(lengths))} steps (longest {lengths[-1]})"
+    if texts is not None:
+        lengths = texts.lengths
+        yield f"texts of {int(np.median(lengths))} tokens (longest {lengths[-1]})"
+    if "labs" in model.modalities:
+        yield f"up to {cohort.lab_columns} lab columns"
+
+
+def _saved(model: FusionModel) -> int:
+    """Bytes of what a checkpoint holds of the weights: all but those that it names a source of."""
+    named = {name for each in model.references().values() for name in each.names}
+    state = model.state_dict().items()
+    return sum(value.numel() * value.element_size() for name, value in state if name not in named)
 
 
 def _best(options: Sequence[Option]) -> tuple[Option, ...]:

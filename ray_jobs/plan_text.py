@@ -25,7 +25,7 @@ def text(plan: Plan, *, arithmetic: bool = False) -> str:
                 option.layout.strategy,
                 option.layout.offload,
                 option.note or "full",
-                str(option.rows),
+                str(option.cut.rows),
                 str(option.layout.accumulation),
                 gib(option.device),
                 gib(option.host),
@@ -58,7 +58,7 @@ def _take(option: Option) -> str:
     keys = [f"scaling.strategy={layout.strategy}", f"scaling.num_workers={layout.world}"]
     if layout.offload != "none":
         keys.append(f"scaling.offload={layout.offload}")
-    keys.append(f"train.accumulation={layout.accumulation}")
+    keys.append(option.cut.key)
     return f"take{' for ' + option.note if option.note else ''}: {' '.join(keys)}"
 
 
@@ -71,7 +71,7 @@ def _arithmetic(option: Option) -> list[str]:
     extra = option.device - option.memory.device_peak
     return [
         f"one worker of {option.layout.strategy}, offload={option.layout.offload}, "
-        f"{option.rows} row(s) a micro-batch, at its worst moment:",
+        f"{option.cut.rows} row(s) a micro-batch, at its worst moment:",
         *parts,
         f"  {gib(extra):>10}  process, context and host",
     ]
@@ -89,7 +89,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "offload": option.layout.offload,
                 "workers": option.layout.world,
                 "accumulation": option.layout.accumulation,
-                "micro_rows": option.rows,
+                "micro_rows": option.cut.rows,
+                "cut_by": option.cut.key,
                 "tuning": option.note or "full",
                 "device_bytes": option.device,
                 "node_bytes": option.host,

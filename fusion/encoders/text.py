@@ -183,6 +183,10 @@ class TextEncoder(nn.Module):
         group = text_layout.group_packed if self._packs else text_layout.group_padded
         return group(lengths, budget)
 
+    def area(self, lengths: Sequence[int]) -> int:
+        """Tokens of a pass over texts of these lengths, padding counted."""
+        return sum(lengths) if self._packs else len(lengths) * max(lengths)
+
     def forward(self, texts: Sequence[Tokens]) -> Tensor:
         """N >= 1 texts to [N, D] float32."""
         ids = [text.ids for text in texts]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from data.schema import MODALITIES, N_FEATURES, Batch
 from fusion.planning.ledger import Ledger, Packing, convolution_scratch, size_of
@@ -37,15 +37,23 @@ class Rows:
         lengths: Steps of each row's series.
         images: Rows that have an image; the first ones.
         image_size: Pixels of its side.
+        texts: The note and the results of each row, for models that read text; () has none.
+        lab_columns: Of the lab matrix; 0 has none.
     """
 
     lengths: tuple[int, ...]
     images: int = 0
     image_size: int = 32
+    texts: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    lab_columns: int = 0
 
     def batch(self, task: TaskSpec) -> Batch:
         """A batch of these shapes; its values mean nothing."""
         rows, steps = len(self.lengths), max(self.lengths)
+        lab_rows = rows if self.lab_columns else 0
+        noted = [row for row, (note, _) in enumerate(self.texts) if note]
+        with unset_fake_temporarily():
+            notes_index = torch.tensor(noted, dtype=torch.int64)  # models read it by value
         present = {name: torch.zeros(rows, dtype=torch.bool) for name in MODALITIES}
         return Batch(
             ehr=torch.empty(rows, steps, N_FEATURES),
@@ -56,6 +64,11 @@ class Rows:
             targets=torch.empty(rows, len(task.labels)),
             cxr_targets=torch.empty(self.images, 14),
             rows=np.zeros(rows, np.int64),
+            notes=tuple(self.texts[row][0] for row in noted),
+            notes_index=notes_index,
+            lab_texts=tuple(results for _, results in self.texts),
+            labs=torch.empty(lab_rows, self.lab_columns),
+            labs_observed=torch.empty(lab_rows, self.lab_columns, dtype=torch.bool),
             draws=np.zeros(rows, np.uint64),
         )
 
@@ -65,6 +78,7 @@ class Step:
     """What one worker's step takes, in bytes and FLOPs.
 
     Attributes:
+        parameters: How many there are.
         weights: Of all parameters.
         buffers: Of all buffers.
         gradients: Of all trainable parameters.
@@ -76,6 +90,7 @@ class Step:
         flops: Of one micro-batch's passes, forward and backward, in all phases.
     """
 
+    parameters: int
     weights: int
     buffers: int
     gradients: int
@@ -160,8 +175,9 @@ def dry_step(
                     with ledger.stage("update"):
                         optimizer.step()
         trained = [size_of(each) for each in model.parameters() if each.requires_grad]
-        inputs = [batch.ehr, batch.cxr, batch.targets, batch.cxr_targets]
+        inputs = [batch.ehr, batch.cxr, batch.labs, batch.targets, batch.cxr_targets]
         return Step(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
             weights=sum(size_of(parameter) for parameter in model.parameters()),
             buffers=sum(size_of(buffer) for buffer in model.buffers()),
             gradients=sum(trained),
@@ -223,7 +239,7 @@ def _state(model: nn.Module, batch: Batch, optimizers: list[Optimizer]) -> Itera
     yield from model.parameters()
     yield from model.buffers()
     yield from (batch.ehr, batch.lengths, batch.cxr, batch.cxr_index, *batch.present.values())
-    yield from (batch.targets, batch.cxr_targets)
+    yield from (batch.labs, batch.labs_observed, batch.targets, batch.cxr_targets)
     for optimizer in optimizers:
         for slots in optimizer.state.values():
             yield from (value for value in slots.values() if isinstance(value, torch.Tensor))

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 BUCKET = 4 * zero.BUCKET
 """Bytes of gradients that ZeRO reduces at once."""
-LIVE = 4_000_000_000
-"""Bytes of parameters that ZeRO-3 keeps gathered while they will be used again (1e9 elements)."""
+LIVE = 1_000_000_000
+"""Parameters that ZeRO-3 keeps gathered while they will be used again."""
 ENGINE = 40 * 2**20
 """Bytes that DeepSpeed's engine takes beside what is named, as seen on CPUs."""
 RUNTIME = 20 * 2**20
@@ -198,7 +198,8 @@ def _sharded_weights(step: Step, layout: Layout) -> Footprint:
         host["weights"] = held
     else:
         resident["weights"] = held
-    gathered = min(step.weights, max(LIVE, 2 * step.largest))
+    live = LIVE * step.weights // step.parameters
+    gathered = min(step.weights, max(live, 2 * step.largest))
     passes = {"activations": _working(step), "gathered weights": gathered, "gradients": bucket}
     swept = min(SUBGROUP, shard)
     update = {"gradients of the update": swept, "temporaries": 2 * swept}

@@ -17,12 +17,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """One way to cut a worker's share of a step.
+
+    Attributes:
+        count: Micro-batches.
+        rows: Of the largest one.
+        key: The setting that cuts so.
+    """
+
+    count: int
+    rows: int
+    key: str
+
+
+@dataclass(frozen=True)
 class Option:
     """One way to run.
 
     Attributes:
         layout: Strategy, offloading, workers, micro-batches.
-        rows: Of the largest micro-batch.
+        cut: How micro-batches come about.
         memory: Of one worker.
         device: Bytes of a worker's device: its GPU's, or its share of the node's memory.
         host: Bytes of a node's memory, all its workers together.
@@ -32,7 +47,7 @@ class Option:
     """
 
     layout: Layout
-    rows: int
+    cut: Cut
     memory: Footprint
     device: int
     host: int
@@ -41,7 +56,7 @@ class Option:
     note: str = ""
 
 
-def layouts(world: int, *, gpu: bool, accumulations: Sequence[int]) -> Iterator[Layout]:
+def layouts(world: int, *, gpu: bool, counts: Sequence[int]) -> Iterator[Layout]:
     """Every strategy, what it may offload, and each number of micro-batches."""
     plain: StrategyName = "single" if world == 1 else "ddp"
     kinds: list[tuple[StrategyName, Offload]] = [(plain, "none")]
@@ -51,20 +66,20 @@ def layouts(world: int, *, gpu: bool, accumulations: Sequence[int]) -> Iterator[
         kinds += [(stage, offload) for stage in sharded for offload in offloads]
     # ZeRO-3 on one worker shards nothing, but it can offload everything.
     kinds += [("zero3", offload) for offload in (*offloads, "all") if world > 1 or offload == "all"]
-    for accumulation in accumulations:
+    for count in counts:
         for strategy, offload in kinds:
-            yield Layout(strategy, offload, world, accumulation, gpu)
+            yield Layout(strategy, offload, world, count, gpu)
 
 
 def weigh(
-    layout: Layout, rows: int, step: Step, machines: Machines, precision: str, base: int, note: str
+    layout: Layout, cut: Cut, step: Step, machines: Machines, precision: str, base: int, note: str
 ) -> Option:
     """What a layout needs on these machines.
 
     Args:
         layout: How the run is spread.
-        rows: Of the largest micro-batch, the one of `step`.
-        step: Its account.
+        cut: How micro-batches come about.
+        step: The account of the largest one.
         machines: Where.
         precision: fp32 or bf16.
         base: Bytes that a worker's process takes before it trains.
@@ -83,7 +98,7 @@ def weigh(
         lacking = f"GPU memory {gib(device)} of {gib(m.USABLE * machines.gpu.memory)}"
     elif machines.node_memory is not None and host > m.USABLE * machines.node_memory:
         lacking = f"node memory {gib(host)} of {gib(m.USABLE * machines.node_memory)}"
-    return Option(layout, rows, memory, device, host, seconds, lacking, note)
+    return Option(layout, cut, memory, device, host, seconds, lacking, note)
 
 
 def step_seconds(step: Step, layout: Layout, machines: Machines, precision: str) -> float:

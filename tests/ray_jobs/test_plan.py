@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from data.errors import InputError
 from data.tasks import task_spec
+from fusion.encoders.text_base import TINY_LLAMA
 from fusion.hardware import GIBI
 from ray_jobs import config as run_config
-from ray_jobs import plan, plan_machines, plan_text
+from ray_jobs import plan, plan_cohort, plan_machines, plan_text
 from ray_jobs.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +61,7 @@ def _described(**changes):
 
 def test_the_cohort_is_read_from_manifest_and_shards(run_yaml, shards):
     (config,) = run_config.load(run_yaml)
-    cohort = plan.read_cohort(config, task_spec("phenotyping"))
+    cohort = plan_cohort.read_cohort(config, task_spec("phenotyping"))
     manifest = json.loads((shards / "manifest.json").read_text())
     assert cohort.rows == manifest["splits"]["train"]
     assert cohort.images == pytest.approx(manifest["overlap"]["train"]["cxr"] / cohort.rows)
@@ -69,9 +72,9 @@ def test_the_cohort_is_read_from_manifest_and_shards(run_yaml, shards):
     assert micro.lengths[-1] == cohort.lengths[-1], "the longest row of all is among them"
     assert cohort.images * 8 < micro.images <= 8
     (cut,) = run_config.load(run_yaml, ["data.batches.max_steps=3"])
-    assert plan.read_cohort(cut, task_spec("phenotyping")).lengths[-1] == 3
+    assert plan_cohort.read_cohort(cut, task_spec("phenotyping")).lengths[-1] == 3
     (paired,) = run_config.load(run_yaml, ["data.batches.train_rows=paired"])
-    assert plan.read_cohort(paired, task_spec("phenotyping")).images == 1
+    assert plan_cohort.read_cohort(paired, task_spec("phenotyping")).images == 1
 
 
 def test_a_run_is_planned_for_described_gpus(run_yaml):
@@ -89,10 +92,12 @@ def test_a_run_is_planned_for_described_gpus(run_yaml):
 def test_micro_batches_are_the_share_cut(run_yaml):
     (config,) = run_config.load(run_yaml, ["train.batch_size=64"])
     found = plan.plan_run(config, _described())
-    sizes = {(option.rows, option.layout.accumulation) for option in found.options}
+    sizes = {(option.cut.rows, option.layout.accumulation) for option in found.options}
     assert sizes == {(32, 1), (16, 2), (8, 4), (4, 8), (1, 32)}
     by_rows = {
-        o.rows: sum(o.memory.passes.values()) for o in found.options if o.layout.strategy == "ddp"
+        o.cut.rows: sum(o.memory.passes.values())
+        for o in found.options
+        if o.layout.strategy == "ddp"
     }
     assert by_rows[32] > by_rows[16] > by_rows[8]
     assert found.steps == 5 * int(np.ceil(36 / 64))
@@ -188,12 +193,10 @@ def test_without_shards_the_next_command_is_named(run_yaml, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_a_model_of_texts_is_not_planned_as_if_it_read_none(run_yaml):
-    document = yaml.safe_load(run_yaml.read_text())
-    document |= {"task": "diagnoses", "model": {"name": "note_llm", "backbone": "unread"}}
-    run_yaml.write_text(yaml.safe_dump(document))
-    (config,) = run_config.load(run_yaml)
-    with pytest.raises(InputError, match=r"note_llm reads texts.*rayfuse plan --shape"):
+def test_a_model_of_texts_wants_shards_that_hold_some(make_shards, tmp_path):
+    make_shards(tmp_path / "bare", rows=20, task="diagnoses", cxr_share=0.0)
+    config = _text_run(tmp_path / "bare", tmp_path, "note_llm")
+    with pytest.raises(InputError, match=r"note_llm reads texts, but .* have none"):
         plan.plan_run(config, _described())
 
 
@@ -222,3 +225,98 @@ def test_a_measured_peak_is_as_predicted(tmp_path):
     case = json.loads(out.read_text())["cases"]["llama"]
     assert case["measured_mib"] > 1024
     assert abs(case["error"]) < 0.15
+
+
+TEXTS = ("train.tokens_per_pass=256", "train.batch_size=32")
+
+
+@pytest.fixture(scope="module")
+def noted(make_shards, tmp_path_factory):
+    """Admissions with notes of 1 to 60 words; one of all reads a long one."""
+    folder = tmp_path_factory.mktemp("noted")
+
+    def edit(rows):
+        for place, row in enumerate(rows):
+            row["notes"] = "pain " * (place % 30 + 1)
+            row["lab_text"] = "Sodium 120 mEq/L low;" if place % 2 else None
+            row["notes_available_at"] = row["prediction_time"]
+        rows[0]["notes"] = "fever " * 500
+
+    make_shards(folder, rows=60, task="diagnoses", cxr_share=0.0, edit=edit)
+    return folder
+
+
+def _text_run(noted, tmp_path, name, *overrides):
+    document = {
+        "name": "planned",
+        "runs_dir": str(tmp_path / "runs"),
+        "task": "diagnoses",
+        "model": {"name": name},
+        "data": {"shards": str(noted), "batches": {"labs": {"top": 8}}},
+    }
+    if name != "mltm":
+        document["model"] |= {
+            "backbone": str(TINY_LLAMA),
+            "random_weights": True,
+            "max_length": 64,
+        }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return run_config.load(path, list(overrides))[0]
+
+
+def test_texts_are_cut_by_tokens_and_the_longest_is_among_them(noted, tmp_path):
+    config = _text_run(noted, tmp_path, "note_llm", *TEXTS)
+    found = plan.plan_run(config, _described(gpus=1))
+    cuts = {option.cut.key: option.cut for option in found.options}
+    assert list(cuts) == [f"train.tokens_per_pass={n}" for n in (256, 128, 64, 32)]
+    counts = [cut.count for cut in cuts.values()]
+    assert counts == sorted(counts)
+    # 32 rows that hold one text of 64 tokens, in passes of 256: four of the longest together.
+    assert next(iter(cuts.values())).rows >= 4
+    assert "take: scaling.strategy=single" in plan_text.text(found)
+    assert "train.tokens_per_pass=" in plan_text.text(found)
+    assert "(longest 64)" in found.head[1]
+    assert "image" not in found.head[1]
+
+
+def test_a_packed_pass_has_no_padding(noted, tmp_path):
+    def activations(layout):
+        config = _text_run(noted, tmp_path, "note_llm", *TEXTS, f"model.layout={layout}")
+        cohort = plan_cohort.read_cohort(config, task_spec("diagnoses"))
+        model = plan.registry.get("note_llm")(config.model, task_spec("diagnoses"))
+        texts = plan_cohort.texts_of(cohort, model, task_spec("diagnoses"))
+        ways = plan_cohort.cuts(cohort, texts, config.train, 32, 32)
+        passes = [[len(model.text.tokens(*pair).ids) for pair in rows.texts] for _, rows in ways]
+        assert max(map(max, passes)) == 64
+        assert all(sum(lengths) <= 256 for lengths in passes)
+        return len(passes[0]) if layout == "packed" else len(passes[0]) * max(passes[0])
+
+    assert activations("padded") <= 256
+    assert activations("packed") >= 4
+
+
+@pytest.mark.parametrize("name", ["medfuse_llm", "mltm"])
+def test_models_of_labs_are_planned_with_their_columns(noted, tmp_path, name):
+    few, many = (
+        plan.plan_run(
+            _text_run(noted, tmp_path, name, "model.items=64", f"data.batches.labs.top={top}"),
+            _described(gpus=1),
+        )
+        for top in (8, 64)
+    )
+    assert "up to 8 lab columns" in few.head[1]
+    inputs = [found.options[0].memory.resident["inputs"] for found in (few, many)]
+    assert inputs[0] < inputs[1]
+
+
+def test_a_frozen_base_is_in_no_checkpoint(noted, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(TINY_LLAMA, base)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY_LLAMA)).save_pretrained(base)
+    changes = (f"model.backbone={base}", "model.random_weights=false")
+    config = _text_run(noted, tmp_path, "note_llm", *changes)
+    with plan.torch.device("meta"):
+        model = plan.registry.get("note_llm")(config.model, task_spec("diagnoses"))
+    trained = sum(each.numel() * 4 for each in model.parameters() if each.requires_grad)
+    assert plan._saved(model) == trained

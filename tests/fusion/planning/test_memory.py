@@ -11,10 +11,19 @@ from fusion.hardware import GPUS
 from fusion.planning.dry import Step
 from fusion.planning.machines import Machines, memory_size
 from fusion.planning.memory import Layout, footprint
-from fusion.planning.options import key_to_change, layouts, recommend, smallest, step_seconds, weigh
+from fusion.planning.options import (
+    Cut,
+    key_to_change,
+    layouts,
+    recommend,
+    smallest,
+    step_seconds,
+    weigh,
+)
 
 N = 840_000
 BARE = Step(
+    parameters=N,
     weights=4 * N,
     buffers=0,
     gradients=4 * N,
@@ -82,8 +91,8 @@ def test_accumulated_gradients_are_held_beside_the_activations():
 
 def _options(step, machines):
     return [
-        weigh(layout, 1, step, machines, "bf16", 0, "")
-        for layout in layouts(machines.world, gpu=True, accumulations=[1, 2])
+        weigh(layout, Cut(1, 1, ""), step, machines, "bf16", 0, "")
+        for layout in layouts(machines.world, gpu=True, counts=[1, 2])
     ]
 
 
