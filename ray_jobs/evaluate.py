@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from ray_jobs.inference import Trained
     from ray_jobs.predictions import Predictions
 
-FORMAT = 1
+FORMAT = 2
+"""1: without decisions."""
 METRICS_FILE = "metrics.json"
 FEATURES_FILE = "features.npz"
 SAMPLED_ROWS = 250
@@ -71,8 +72,11 @@ def run(run_folder: Path, *, split: str | None = None) -> dict[str, Any]:
         _log.info("%s: predicting again without X-rays", config.name)
         withheld = inference.predict(trained, stream, withhold=True).probabilities
     stream.close()
+    tuned = (
+        _tuned_thresholds(trained) if config.evaluate.tune_thresholds and split != "val" else None
+    )
     _log.info("%s: %d resamples of each set", config.name, config.evaluate.resamples)
-    metrics = _metrics(config, predicted, raw, withheld)
+    metrics = _metrics(config, predicted, raw, withheld, tuned)
     folder = RunFolder(run_folder).evaluation(split)
     prediction_file.write(folder / prediction_file.FILE_NAME, predicted)
     _write_features(folder / FEATURES_FILE, raw, predicted.has_cxr, config.evaluate.seed)
@@ -108,11 +112,24 @@ def score_predictions(config: RunConfig, predicted: Predictions) -> dict[str, An
     return _metrics(config, predicted, None, None)
 
 
+def _tuned_thresholds(trained: Trained) -> NDArray[np.float64]:
+    """[C] of the validation split."""
+    from fusion.metrics.decisions import best_thresholds
+    from ray_jobs import inference
+
+    stream = inference.open_split(trained, "val")
+    _log.info("%s: predicting the val split, to choose thresholds", trained.config.name)
+    raw = inference.predict(trained, stream)
+    stream.close()
+    return best_thresholds(raw.targets, raw.probabilities)
+
+
 def _metrics(
     config: RunConfig,
     predicted: Predictions,
     raw: Raw | None,
     withheld: NDArray[np.float32] | None,
+    tuned: NDArray[np.float64] | None = None,
 ) -> dict[str, Any]:
     from fusion.metrics.subsets import score_set, score_subgroups
 
@@ -131,7 +148,7 @@ def _metrics(
             predicted.probabilities[member],
             predicted.subjects[member],
         )
-        scored[name] = score_set(*rows, config=settings, label_types=spec.label_types)
+        scored[name] = score_set(*rows, config=settings, label_types=spec.label_types, tuned=tuned)
         members = {kind: _cut(groups, member) for kind, groups in _groups(predicted).items()}
         subgroups[name] = {
             kind: score_subgroups(*rows, groups, config=settings)
@@ -144,6 +161,7 @@ def _metrics(
             predicted.subjects[paired],
             config=settings,
             label_types=spec.label_types,
+            tuned=tuned,
         )
     return {
         "format": FORMAT,

@@ -129,6 +129,7 @@ def _run_section(folder: Path, number: int) -> dict[str, Any]:
         "environment": report_data.environment(folder),
         "sets": report_scores.sets(metrics, SET_NAMES),
         "evaluate": metrics["evaluate"],
+        "decisions": report_scores.decisions(metrics, SET_NAMES),
         "tables": report_scores.label_tables(metrics, SET_NAMES),
         "calibration": report_scores.reliability_figure(metrics, salt),
         "subgroups": report_scores.subgroups(metrics, SET_NAMES),

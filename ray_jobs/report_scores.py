@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusion.metrics.decisions import MEANS
 from ray_jobs.report import interval_text
 from ray_jobs.suppression import HIDDEN, SMALL, count_text, hides_group, hides_label
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 METRICS = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier"}
+THRESHOLDS = {"half": "0.5", "tuned": "tuned on val"}
 PARTS = {3: ("time series only", "shared", "X-ray only")}
 """Columns of an attention map over three representations (DrFuse section 3.3)."""
 _MAPPED = ("_shared", "_distinct")
@@ -51,6 +53,22 @@ def _set_row(
         "macro": [text(metric, "macro") for metric in METRICS],
         "micro": "" if kind else text("auroc", "micro"),
     }
+
+
+def decisions(metrics: Mapping[str, Any], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Each set's scores of decisions, at 0.5 and at tuned thresholds."""
+    return [
+        {
+            "name": names.get(key, key),
+            "at": THRESHOLDS[kind],
+            "scores": [
+                HIDDEN if hides_group(scored) else interval_text(found["means"][score])
+                for score in MEANS
+            ],
+        }
+        for key, scored in metrics["sets"].items()
+        for kind, found in scored["decisions"].items()
+    ]
 
 
 def label_tables(metrics: Mapping[str, Any], names: Mapping[str, str]) -> list[dict[str, Any]]:

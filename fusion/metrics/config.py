@@ -19,5 +19,8 @@ class EvaluateConfig(Config):
     sets: tuple[Literal["partial", "paired"], ...] = ("partial", "paired")
     withhold_cxr: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Shares of rows whose image is withheld in the missingness sweep."""
+    tune_thresholds: bool = False
+    """Beside decisions at a probability of 0.5, score those at thresholds that give each label its
+    highest F1 on the validation split, which is predicted too."""
     calibration_bins: int = Field(default=10, ge=2)
     seed: int = 0

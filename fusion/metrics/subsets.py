@@ -8,6 +8,7 @@ import numpy as np
 
 from fusion.metrics.bootstrap import METRICS, Interval, Metric, Scores, bootstrap, interval
 from fusion.metrics.calibration import calibration
+from fusion.metrics.decisions import HALF, decisions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,8 +32,9 @@ def score_set(
     *,
     config: EvaluateConfig,
     label_types: Sequence[str] = (),
+    tuned: NDArray[np.float64] | None = None,
 ) -> dict[str, Any]:
-    """Scores with intervals, and calibration, of one set of rows.
+    """Scores with intervals, calibration and decisions of one set of rows.
 
     With `macro_interval: mean_of_labels` every interval is resampled by row and a mean's bounds
     are the means of its labels' bounds, as the papers have it; otherwise by patient.
@@ -43,10 +45,12 @@ def score_set(
         subjects: [N], the patient of each row.
         config: Resamples, seed, kind of macro interval, bins.
         label_types: [C] types whose means are also given, or ().
+        tuned: [C] thresholds chosen on other rows, for a second account of decisions.
 
     Returns:
         JSON: rows, patients, positives per label, resampled_by, `metrics` (auroc, auprc, brier:
-        macro, micro, labels, types) and `calibration` (micro, labels).
+        macro, micro, labels, types), `calibration` (micro, labels) and `decisions` (half and,
+        where given, tuned: `fusion.metrics.decisions`).
     """
     targets = np.asarray(targets)
     probabilities = np.asarray(probabilities, np.float64)
@@ -59,11 +63,25 @@ def score_set(
         seed=config.seed,
     )
     bins = config.calibration_bins
+    thresholds = {"half": np.full(targets.shape[1], HALF)}
+    if tuned is not None:
+        thresholds["tuned"] = tuned
     return {
         **_head(targets, subjects),
         "resampled_by": "row" if by_row else "patient",
         "resamples": config.resamples,
         "metrics": {m: _metric(scores, m, label_types, by_row=by_row) for m in METRICS},
+        "decisions": {
+            name: decisions(
+                targets,
+                probabilities,
+                None if by_row else subjects,
+                thresholds=chosen,
+                resamples=config.resamples,
+                seed=config.seed,
+            )
+            for name, chosen in thresholds.items()
+        },
         "calibration": {
             "micro": calibration(targets.ravel(), probabilities.ravel(), bins),
             "labels": [

@@ -11,7 +11,7 @@ from data.config import Config
 
 StrategyName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["none", "optimizer", "all"]
-SCORES = ("auroc", "auprc")
+SCORES = ("auroc", "auprc", "f1")
 """Selection metrics of every model; the highest is best."""
 
 
@@ -31,7 +31,8 @@ class TrainConfig(Config):
     patience: int = Field(default=15, ge=1)
     """Epochs without a better selection metric before stopping."""
     selection_metric: str = "auroc"
-    """On the validation split: `auroc` or `auprc`, macro means over labels; or a loss that the
+    """On the validation split: `auroc`, `auprc` or `f1` (at a probability of 0.5), macro means over
+    labels; or a loss that the
     model counts by values (mltm: `masked`, `seen`), of which the lowest is best."""
     evaluate: Literal["after_epoch", "before_epoch"] = "after_epoch"
     """`before_epoch`: the released MedFuse loop. It validates before each epoch and counts them

@@ -11,6 +11,7 @@ import torch
 from data.errors import InputError
 from fusion.metrics import ranking
 from fusion.metrics.calibration import expected_calibration_error
+from fusion.metrics.decisions import macro_f1
 from fusion.training.config import SCORES, TrainConfig
 from fusion.training.objective import autocast, images_last
 
@@ -133,7 +134,7 @@ def merge(parts: Sequence[Predictions]) -> Predictions:
 
 
 def selection_score(targets: np.ndarray, probabilities: np.ndarray, metric: str) -> float:
-    """The macro mean over labels of AUROC or average precision; labels of one class are left out.
+    """The macro mean over labels of a score; AUROC and AUPRC leave out labels of one class.
 
     Raises:
         InputError: No label has both classes.
@@ -150,8 +151,8 @@ def selection_score(targets: np.ndarray, probabilities: np.ndarray, metric: str)
 def validation_scores(predictions: Predictions, metric: str) -> dict[str, float]:
     """What a validation line holds: the selection metric first, then the others.
 
-    AUROC, average precision and expected calibration error, each the macro mean over labels, and
-    the means of the terms that the model counts.
+    AUROC, average precision, F1 at 0.5 and expected calibration error, each the macro mean over
+    labels, and the means of the terms that the model counts.
 
     Raises:
         InputError: No label has both classes, or the term that selects has no value.
@@ -177,7 +178,9 @@ def validation_scores(predictions: Predictions, metric: str) -> dict[str, float]
 
 
 def _macro(targets: np.ndarray, probabilities: np.ndarray, metric: str) -> float:
-    """A macro mean over the labels that have both classes; NaN without one."""
+    """A macro mean over labels; AUROC and AUPRC over those with both classes, NaN without one."""
+    if metric == "f1":
+        return macro_f1(targets, probabilities)
     score = {"auroc": ranking.auroc, "auprc": ranking.average_precision}[metric]
     return float(ranking.macro(score(targets, probabilities)))
 

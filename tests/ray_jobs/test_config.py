@@ -98,10 +98,13 @@ def test_everything_wrong_is_reported_at_once_with_its_path(write) -> None:
         ({"preset": "published"}, "choose corrected, code or paper"),
         ({"name": "../escape"}, "name"),
         ({"train": {"epochs": 2, "min_epochs": 5}}, "train.min_epochs"),
-        ({"train": {"selection_metric": "masked"}}, "no such score; choose one of auroc, auprc$"),
+        (
+            {"train": {"selection_metric": "masked"}},
+            "no such score; choose one of auroc, auprc, f1$",
+        ),
         (
             {**LABS, "train": {"selection_metric": "maskd"}},
-            "choose one of auroc, auprc, masked, seen",
+            "choose one of auroc, auprc, f1, masked, seen",
         ),
         (
             {**LABS, "data": {"shards": "s", "batches": {"labs": {"top": 200}}}},

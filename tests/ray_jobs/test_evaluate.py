@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 from data.errors import InputError
 from fusion.metrics.config import EvaluateConfig
+from fusion.metrics.decisions import best_thresholds
 from fusion.metrics.subsets import score_set
 from ray_jobs import evaluate, inference
 from ray_jobs import predictions as prediction_file
@@ -84,6 +85,31 @@ def test_metrics_are_those_of_the_predictions(drfuse: Path) -> None:
     subgroup = found["subgroups"]["partial"]["sex"]["F"]
     assert subgroup["rows"] == int(women.sum())
     assert sum(one["rows"] for one in found["subgroups"]["partial"]["age"].values()) <= 240
+
+
+def test_decisions_are_scored_at_half_and_at_thresholds_of_the_validation_split(
+    make_run: Callable,
+) -> None:
+    folder = make_run("lstm", evaluate={"resamples": 10, "tune_thresholds": True})
+    evaluate.run(folder)
+    found, predicted = _metrics(folder)["sets"]["partial"]["decisions"], _predictions(folder)
+    trained = inference.load(folder)
+    val = inference.predict(trained, inference.open_split(trained, "val"))
+    tuned = best_thresholds(val.targets, val.probabilities)
+    assert found["tuned"]["thresholds"] == pytest.approx(tuned)
+    assert found["tuned"]["thresholds"] != found["half"]["thresholds"]
+    for kind, cut in (("half", 0.5), ("tuned", tuned)):
+        for mean in ("macro", "weighted", "micro"):
+            precision, recall, f1, _ = precision_recall_fscore_support(
+                predicted.targets, predicted.probabilities >= cut, average=mean, zero_division=0
+            )
+            name = "f1" if mean == "macro" else f"{mean}_f1"
+            assert found[kind]["means"][name]["value"] == pytest.approx(f1), (kind, mean)
+            if mean == "macro":
+                assert found[kind]["means"]["precision"]["value"] == pytest.approx(precision)
+                assert found[kind]["means"]["recall"]["value"] == pytest.approx(recall)
+    evaluate.run(folder, split="val")
+    assert set(_metrics(folder, "val")["sets"]["partial"]["decisions"]) == {"half"}
 
 
 def test_lineage_names_everything(drfuse: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_counted_term_may_select_whatever_the_labels():
     assert next(iter(scores.items())) == ("steps", 1.5)
     assert scores["auroc"] == 1.0
     no_label = predictions(targets=np.ones((3, 2)))
-    assert validation_scores(no_label, "steps").keys() == {"steps", "ece"}
+    assert validation_scores(no_label, "steps").keys() == {"steps", "f1", "ece"}
     with pytest.raises(InputError, match="no label with both classes"):
         validation_scores(no_label, "auroc")
     with pytest.raises(InputError, match=r"3 rows\) has no value of steps"):
