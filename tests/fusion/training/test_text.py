@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from data.errors import InputError
 from fusion import registry
-from fusion.adapters import peft_name
+from fusion.adapters import peft_name, read_adapter, write_adapter
 from fusion.training import checkpoint
 from fusion.training.references import fill
 
@@ -102,6 +102,8 @@ def others(job, run, large):
         "bert-zero3-2": job("bert-zero3-2", "bert", "zero3-2", options={**BERT, **PACKED}),
         "dora": job("dora", options={"adapter": "dora"}),
         "dora-zero2-2": job("dora-zero2-2", strategy="zero2-2", options={"adapter": "dora"}),
+        "rslora": job("rslora", options={"adapter": "rslora"}),
+        "rslora-zero3-2": job("rslora-zero3-2", strategy="zero3-2", options={"adapter": "rslora"}),
     }
     for name in STRATEGIES:
         # One rate for all parameters, as the Trainer has it.
@@ -139,7 +141,10 @@ def test_every_cut_of_a_step_trains_alike(others, outcomes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "alone"), [("bert-zero3-2", "bert"), ("dora-zero2-2", "dora")])
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [("bert-zero3-2", "bert"), ("dora-zero2-2", "dora"), ("rslora-zero3-2", "rslora")],
+)
 def test_every_family_and_adapter_trains_alike(others, outcomes, name, alone):
     assert_same(others[name], others[alone])
     assert others[alone].curve() != outcomes["single"].curve()
@@ -198,6 +203,22 @@ def test_best_weights_predict_what_the_run_did_and_refuse_another_base(
         fill(other, best, meta)
     with pytest.raises(InputError, match=r"lack 'head\.weight'"):
         fill(fresh, {name: value for name, value in best.items() if name != "head.weight"}, meta)
+
+
+def test_adapters_of_a_sharded_run_are_read_back_from_pefts_layout(
+    outcomes, model, harness, tmp_path
+):
+    outcome, labels = outcomes["packed-zero3-2"], harness.SPEC.labels
+    best, meta = checkpoint.read_weights(Path(outcome.job.folder) / "best")
+    restored, fresh = model(outcome).eval(), model(outcome).eval()
+    fill(restored, best, meta)
+    write_adapter(tmp_path / "adapter", best, restored.text, labels)
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 2 * 7 * 2 + 1
+    read = read_adapter(tmp_path / "adapter", fresh.text, labels)
+    fresh.load_state_dict(read, strict=False)
+    batch = harness.collate(harness.dataset(10, 32, seed=5))
+    with torch.no_grad():
+        assert torch.equal(fresh(batch).logits, restored(batch).logits)
 
 
 def test_a_run_on_another_base_is_refused(outcomes, harness, job, make_base):
