@@ -51,7 +51,7 @@ class Base(BaseModel):
     source: str
     """Its path when they were read."""
     sha256: str
-    """Of their names, types, shapes and values: `initialise.digest`."""
+    """Of their names, types, shapes and values: `fusion.hashed.digest`."""
     names: tuple[str, ...]
 
 
