@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from data.schema import Batch
     from data.tasks import TaskSpec
+    from fusion.encoders.kept_text import KeptText
     from fusion.encoders.text import TextEncoder
     from fusion.model import Reference
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class ReadsText(FusionModel):
     """Base of models whose submodule `text` turns rows' texts into vectors."""
 
-    text: TextEncoder
+    text: TextEncoder | KeptText
 
     def __init__(self, config: Any, task: TaskSpec) -> None:
         super().__init__(config, task)
@@ -27,10 +28,11 @@ class ReadsText(FusionModel):
 
     def text_vectors(self, batch: Batch) -> Tensor:
         """[B, D] float32 vectors of a batch's texts, zeros without one; counted in training."""
-        texts = self.text.read(batch)
+        text: Any = self.text  # what one read gives is what its own rows take
+        texts = text.read(batch)
         if self.training and len(batch.rows):
             self._tally.add(texts)
-        vectors, _ = self.text.rows(texts, batch.targets.device)
+        vectors: Tensor = text.rows(texts, batch.targets.device)[0]
         return vectors
 
     def references(self) -> dict[str, Reference]:

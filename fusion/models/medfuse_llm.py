@@ -7,6 +7,7 @@ bound and minimises both, which makes the critic worse; `mi_update` says what is
 
 from __future__ import annotations
 
+from pathlib import Path  # noqa: TC003  pydantic reads the Config's types
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
 
+from fusion.encoders.kept_text import KeptText
 from fusion.encoders.labs import LabEncoder, LabOptions
 from fusion.encoders.text import TextEncoder, TextOptions
 from fusion.encoders.text_base import TINY_LLAMA
@@ -71,6 +73,10 @@ class MedFuseLLM(ReadsText, name="medfuse_llm"):
         """The paper's lambda; everything else is choice."""
 
         name: Literal["medfuse_llm"] = "medfuse_llm"
+        embeddings: Path | None = None
+        """Folder of texts' vectors that `rayfuse data embed` keeps, read in place of running the
+        language model, which is not even loaded; the options of the text are then those of the run
+        they come from. null runs the language model."""
         labs: LabOptions = LabOptions()
         """The lab encoder; as in the run of `mltm` that its weights come from."""
         items: int = Field(default=100, ge=1)
@@ -119,7 +125,11 @@ class MedFuseLLM(ReadsText, name="medfuse_llm"):
         super().__init__(config, task)
         self.config = config
         classes = len(task.labels)
-        self.text = TextEncoder(config)
+        self.text = (
+            TextEncoder(config)
+            if config.embeddings is None
+            else KeptText(config.embeddings, config)
+        )
         self.labs = LabEncoder(config.labs, config.items) if config.use_labs else None
         self.no_labs = StandIn(config.labs.dim)
         inputs = (self.text.width, config.labs.dim)

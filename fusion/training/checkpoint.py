@@ -53,6 +53,8 @@ class Base(BaseModel):
     sha256: str
     """Of their names, types, shapes and values: `fusion.hashed.digest`."""
     names: tuple[str, ...]
+    setting: str = "model.backbone"
+    """Path in a run's config that names what a constructor reads."""
 
 
 class Meta(BaseModel):
