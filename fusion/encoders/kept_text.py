@@ -39,7 +39,7 @@ class KeptText(nn.Module):
         self.options = options
         self.store = Store(folder)
         self.width: int = self.store.width
-        _refuse_other_options(self.store, options)
+        refuse_other_options(self.store, options)
 
     def read(self, batch: Batch) -> list[Kept | None]:
         """[B] each row's vector; None where it has no text.
@@ -79,7 +79,12 @@ class KeptText(nn.Module):
         """None: a text costs a pass nothing."""
 
 
-def _refuse_other_options(store: Store, options: TextOptions) -> None:
+def refuse_other_options(store: Store, options: TextOptions) -> None:
+    """Refuse a store whose vectors are of another base, adapter or template.
+
+    Raises:
+        InputError: They are; it names each option that differs.
+    """
     kept, asked = store.extractor.options, template(options)
     differing = [
         f"  model.{name}: {value!r} here, {kept.get(name)!r} there"

@@ -28,6 +28,7 @@ class NoteLLM(ReadsText, name="note_llm"):
     Submodules: text (model: the backbone with its adapters), head.
     """
 
+    text: TextEncoder
     modalities = ("notes", "labs")
     TINY: ClassVar = {
         "backbone": str(TINY_LLAMA),
