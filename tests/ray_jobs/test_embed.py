@@ -24,7 +24,7 @@ from fusion.encoders.text import TextEncoder
 from fusion.encoders.text_store import Store, text_key
 from fusion.training.checkpoint import read_weights, write_weights
 from ray_jobs import config as run_config
-from ray_jobs import embed, evaluate, inference, texts
+from ray_jobs import embed, evaluate, export, inference, texts
 from ray_jobs.embed import Settings
 from ray_jobs.runs import RunFolder
 
@@ -277,6 +277,8 @@ def test_a_run_on_kept_vectors_is_evaluated_without_a_language_model(text_run, t
     assert passed == []
     metrics = json.loads((RunFolder(reader).evaluation("test") / "metrics.json").read_text())
     assert len(metrics["labels"]) == 10
+    with pytest.raises(InputError, match="only note_llm can be exported"):
+        export.run(reader, tmp_path / "export")
     other = text_run(model="medfuse_llm", options={"embeddings": str(out)})
     config = inference.load_config(other)
     changed = config.model_copy(update={"model": config.model.model_copy(update={"rank": 3})})
@@ -297,6 +299,26 @@ def test_settings_of_a_text_branch_that_is_not_there_are_refused():
     folded = {"leave_out": {"fold": 2, "of": 2}}
     with pytest.raises(ValidationError, match=r"fold \(2\) must be below of \(2\)"):
         run_config.from_dump({**base, "data": {"shards": "s", "batches": folded}})
+
+
+def test_a_run_s_store_is_looked_for(text_run, tmp_path):
+    from ray_jobs import doctor
+
+    out = tmp_path / "store"
+    document = {
+        "name": "x",
+        "task": "diagnoses",
+        "model": {"name": "medfuse_llm", "embeddings": str(out)},
+        "data": {"shards": str(tmp_path)},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    told = [line for line in doctor.examine(path)[0] if str(out) in line]
+    assert [line.split()[0] for line in told] == ["FAIL"]
+    assert "is missing; `rayfuse data embed` fills it" in told[0]
+    embed.run(text_run(), out, settings=HERE)
+    told = [line for line in doctor.examine(path)[0] if str(out) in line]
+    assert [line.split()[0] for line in told] == ["ok"]
 
 
 def test_one_command_at_a_time_fills_a_store(text_run, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -165,6 +167,23 @@ def test_a_row_has_the_vector_of_the_encoder(harness, world, options, make_batch
     assert ((own - expected).norm(dim=1) <= 1e-6 * expected.norm(dim=1)).all()
     assert not {name for name in kept.state_dict() if name.startswith("text.")}
     assert kept.passes(rows, 1) is None
+
+
+def test_a_text_without_a_token_is_as_none(world, options, make_batch, tmp_path):
+    model = build(options).eval()
+    fill(model, *checkpoint.read_weights(world / "text" / "best"))
+    notes = (" \n\0", "fever", "", "  ")
+    batch = replace(make_batch(), notes=notes, lab_texts=())
+    keep(tmp_path, model, world / "text", [batch])
+    kept = build(options, embeddings=tmp_path).eval()
+    texts = [each.text.read(batch) for each in (model, kept)]
+    for of_encoder, of_store in zip(*texts, strict=True):
+        assert (of_encoder is None) == (of_store is None)
+    assert [text is None for text in texts[1]] == [True, False, True, True]
+    available = [
+        each.text.rows(read, "cpu")[1] for each, read in zip((model, kept), texts, strict=True)
+    ]
+    assert available[0].tolist() == available[1].tolist()
 
 
 def test_texts_that_are_not_kept_are_counted_and_named_by_no_word(world, options, make_batch):
