@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 SPLITS: Final = ("train", "val", "test")
 _BLOCK: Final = 512
+
+logger = logging.getLogger(__name__)
 
 
 class Text(NamedTuple):
@@ -66,6 +69,7 @@ def refuse_missing(config: RunConfig, splits: Sequence[str]) -> None:
         return
     store = Store(model.embeddings)
     refuse_other_options(store, model)
+    logger.info("%s: texts' vectors are those of `%s`", config.name, store.served.command)
     reader = ShardReader(config.data.shards, config.data.batches.cache_dir)
     for split in splits:
         found = [

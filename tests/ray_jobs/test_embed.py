@@ -333,10 +333,10 @@ def test_one_command_at_a_time_fills_a_store(text_run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_killed_command_goes_on_where_it_was(start_head, text_run, make_shards, tmp_path):
-    """By a pool of actors; what it had is not computed again, and no text passes through Ray."""
+    """By actors; what it had is not computed again, and no text passes through Ray."""
     make_shards(tmp_path / "shards", rows=700, task="diagnoses", edit=write_texts)
     folder, out = text_run(shards=tmp_path / "shards"), tmp_path / "store"
-    words = ["data", "embed", str(folder), "--out", str(out), "--actors", "2"]
+    words = ["data", "embed", str(folder), "--out", str(out)]
     with start_head(num_cpus=2) as head:
         with head.started(*words, "--tokens-per-pass", "1", RAY_ADDRESS=head.gcs) as process:
             deadline = time.monotonic() + 300
