@@ -83,6 +83,8 @@ class Extractor(_Record):
     """Of its run's passes."""
     base_sha256: str | None
     """Of the base's configuration and weights; None where they were drawn."""
+    tokenizer_sha256: str
+    """Of its tokenizer's files."""
     weights_sha256: str
     """Of what the run trained: adapters, or all."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from data.files import sha256_file, sha256_json
+from fusion.encoders.text_base import find_base
 from fusion.encoders.text_store import Extractor, template
 from fusion.hashed import digest
 from fusion.training.objective import autocast
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     from fusion.encoders.text import TextEncoder, TextOptions
     from fusion.training.config import TrainConfig
 
-_PREFIX = "text."
+TOKENIZER: Final = ("tokenizer.json", "tokenizer_config.json")
+_PREFIX: Final = "text."
 
 
 def extractor_of(
@@ -28,20 +31,26 @@ def extractor_of(
     weights: Mapping[str, Tensor],
     meta: Mapping[str, Any],
 ) -> Extractor:
-    """What decides the vectors of a run's text encoder; its base is not read for it.
+    """What decides the vectors of a run's text encoder; its base's weights are not read for it.
 
     Args:
         options: Of the run's model.
         config: Its passes' precision.
         weights: Its best ones, as `read_weights` gives them.
         meta: Likewise.
+
+    Raises:
+        InputError: The base is not there.
     """
+    folder = find_base(options.backbone, revision=options.revision, offline=options.offline).folder
+    files = [folder / name for name in TOKENIZER]
     base = stored_references(meta).get(_PREFIX.rstrip("."))
     trained = {name: value for name, value in weights.items() if name.startswith(_PREFIX)}
     return Extractor(
         options=template(options),
         precision=config.precision,
         base_sha256=base.sha256 if base else None,
+        tokenizer_sha256=sha256_json({f.name: sha256_file(f) for f in files if f.is_file()}),
         weights_sha256=digest(trained),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -234,6 +235,36 @@ def test_weights_trained_on_other_vectors_are_refused(harness, options, tmp_path
         fill(build(options, embeddings=store), *weights)
     serve(store, [before], "command")
     fill(build(options, embeddings=store), *weights)
+
+
+def test_what_decides_a_vector_is_in_the_extractor_s_key(world, options, bases, tmp_path):
+    """And nothing else: neither where the base lies nor how texts are laid out."""
+    kind = registry.get(NAME)
+    best = checkpoint.read_weights(world / "text" / "best")
+
+    def key(train=None, weights=best[0], meta=best[1], **more):
+        config = kind.Config(**{**kind.TINY, **options, **more})
+        return extractor_of(config, train or TrainConfig(), weights, meta).key
+
+    elsewhere, other = tmp_path / "copy" / bases["llama"].name, tmp_path / "other"
+    for folder in (elsewhere, other / bases["llama"].name):
+        shutil.copytree(bases["llama"], folder)
+    tokenizer = other / bases["llama"].name / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"use_regex": true', '"use_regex": false'))
+    same = [key(backbone=str(elsewhere)), key(layout="packed"), key(adapter_dropout=0.0)]
+    assert {key(), *same} == {key()}
+    name = next(name for name in best[0] if "lora_B" in name)
+    base = {**best[1]["referenced"]["text"], "sha256": "0" * 64}
+    others = [
+        key(backbone=str(tokenizer.parent)),
+        key(weights={**best[0], name: best[0][name] + 1e-6}),
+        key(meta={**best[1], "referenced": {"text": base}}),
+        key(TrainConfig(precision="bf16")),
+        key(text="labs"),
+        key(max_length=32),
+        key(alpha=8.0),
+    ]
+    assert len({key(), *others}) == 1 + len(others)
 
 
 def test_a_damaged_part_is_named(harness, options, tmp_path):
