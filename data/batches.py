@@ -40,6 +40,21 @@ class LabColumns(Config):
         return self
 
 
+class LeaveOut(Config):
+    """A fold of the train split's patients, by a hash of subject_id."""
+
+    fold: int = Field(ge=0)
+    """Which one is left out, from 0."""
+    of: int = Field(ge=2)
+    """How many folds there are."""
+
+    @model_validator(mode="after")
+    def _within(self) -> LeaveOut:
+        if self.fold >= self.of:
+            raise ValueError(f"fold ({self.fold}) must be below of ({self.of}): count from 0")
+        return self
+
+
 class BatchConfig(Config):
     """From shards to batches."""
 
@@ -51,6 +66,9 @@ class BatchConfig(Config):
     """Columns of the lab matrix (tasks of admissions)."""
     train_rows: Literal["partial", "paired"] = "partial"
     """Train on every row, or only on rows with an image."""
+    leave_out: LeaveOut | None = None
+    """Train on the other folds' patients only, so that this fold's rows can be embedded by a model
+    that has not seen them (docs/note-llm.md)."""
     selection_rows: Literal["partial", "paired"] = "partial"
     """Rows of the validation split that select the best checkpoint."""
     unpaired_fraction: float = Field(default=1.0, ge=0, le=1)

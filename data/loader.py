@@ -10,6 +10,7 @@ from data.clinical_batch import with_clinical
 from data.collate import to_batch
 from data.decoding import DecodingPool, Recipe, Share
 from data.errors import InputError
+from data.folds import folds_of
 from data.lab_scaler import fitted as fitted_labs
 from data.normalise import normalizer_for
 from data.plan import SamplePlan, blocks_of, select_rows, split_evenly, withheld
@@ -132,7 +133,8 @@ def open_stream(  # noqa: PLR0913
         config: From shards to batches.
         batch_size: Rows of a global batch, over all ranks.
         seed: Keys the order, the choice of unpaired rows, withholding and augmentation.
-        train: Shuffle, augment, withhold, and use the training rows' fraction of unpaired ones.
+        train: Shuffle, augment, withhold, leave out a fold, and use the training rows' fraction of
+            unpaired ones.
         rank: This worker.
         world_size: Workers.
         rows: Every row or only those with an image; None takes `train_rows` when training,
@@ -149,6 +151,9 @@ def open_stream(  # noqa: PLR0913
         default = config.selection_rows if split == "val" else "partial"
         rows = config.train_rows if train else default
     candidates = reader.rows_of(split)
+    if train and config.leave_out is not None:
+        folds = folds_of(reader.subjects(candidates), config.leave_out.of)
+        candidates = candidates[folds != config.leave_out.fold]
     chosen = select_rows(
         candidates,
         reader.has_cxr[candidates],

@@ -142,6 +142,11 @@ class ShardReader:
         """Row ids of a split, in order."""
         return np.flatnonzero(self._splits == split).astype(np.int64)
 
+    def subjects(self, rows: Rows) -> list[int]:
+        """The subject_id of each row."""
+        ids: list[int] = self._key_columns["subject_id"].take(rows).to_pylist()
+        return ids
+
     def series(self, rows: Rows, max_steps: int | None = None) -> Series:
         """The series of `rows`, each cut to its first `max_steps` bins."""
         lengths = self.lengths[rows]

@@ -85,11 +85,13 @@ class Reference:
         source: Where from, in words.
         names: Of parameters and buffers.
         digest: Gives the SHA-256 of the source's content, wherever it lies; it may read all of it.
+        setting: Path in a run's config that names the source.
     """
 
     source: str
     names: frozenset[str]
     digest: Callable[[], str]
+    setting: str = "model.backbone"
 
 
 class FusionModel(nn.Module, ABC):

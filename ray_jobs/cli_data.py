@@ -1,8 +1,9 @@
-"""The `rayfuse data` verbs: raw tables to shards."""
+"""The `rayfuse data` verbs: raw tables to shards, and texts to vectors."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +13,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help=(
-        "Raw tables to shards: synth or fetch, plan, stage, extract, then describe, check, diff."
+        "Raw tables to shards: synth or fetch, plan, stage, extract, then describe, check, diff;"
+        " and embed, texts to vectors."
         "\n\nExample: `rayfuse data synth --out hospital --patients 500`, then"
         " `rayfuse data extract --mimic-iv hospital/mimiciv/2.2"
         " --mimic-cxr hospital/mimic-cxr-jpg/2.0.0 --task phenotyping_48h --out shards/pheno`."
@@ -154,6 +156,36 @@ def extract(  # noqa: PLR0913
         f"{out}: {manifest.rows} samples of {task} from {manifest.release}; "
         f"see `rayfuse data describe {out}`"
     )
+
+
+@app.command()
+def embed(
+    run: Annotated[Path, typer.Argument(help="A finished run of note_llm or medfuse_llm")],
+    out: Annotated[Path, typer.Option(help="The store; what is in it is not computed again")],
+    fold: Annotated[
+        list[Path] | None,
+        typer.Option(help="Out of fold: each run that leaves out a fold (data.batches.leave_out)"),
+    ] = None,
+    actors: Annotated[
+        int, typer.Option(min=0, help="Most actors; 0 computes in this process, without Ray")
+    ] = 1,
+    splits: Annotated[str, typer.Option(help="Comma-separated")] = "train,val,test",
+    tokens_per_pass: Annotated[
+        int, typer.Option(min=1, help="Most tokens of a pass, padding counted")
+    ] = 16384,
+) -> None:
+    """Keep the vectors of a run's texts, for `model.embeddings` of medfuse_llm; resumes.
+
+    With --fold once for each of K runs, a patient of the train split has the vectors of the run
+    that has not seen them, everyone else those of RUN.
+    """
+    from ray_jobs import cluster
+    from ray_jobs import embed as body
+
+    settings = body.Settings(actors, body.splits_of(splits), tokens_per_pass)
+    with cluster.connect() if actors else nullcontext():
+        done = body.run(run, out, folds=fold or [], settings=settings)
+    say(f"{out}: {done}; read them with model.embeddings={out}")
 
 
 @app.command()

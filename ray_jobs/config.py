@@ -167,6 +167,8 @@ class RunConfig(Config):
                 f"init_from: model.name={kind.name} keeps {', '.join(missing)} frozen, so it needs "
                 f"trained weights, e.g. init_from.{missing[0]}=runs/lstm"
             )
+        if getattr(self.model, "embeddings", None) is not None:
+            self._refuse_text_settings()
         if self.train.min_epochs > self.train.epochs:
             raise ValueError(
                 f"train.min_epochs ({self.train.min_epochs}) is larger than "
@@ -180,6 +182,16 @@ class RunConfig(Config):
                 "use ddp, or one worker"
             )
         return self
+
+    def _refuse_text_settings(self) -> None:
+        """Kept vectors take the place of the text branch: nothing of it can be set."""
+        blocks = (("init_from", self.init_from), ("optim.group_lr", self.optim.group_lr))
+        for place, block in blocks:
+            if set_here := [name for name in block if name.split(".")[0] == "text"]:
+                raise ValueError(
+                    f"{place}.{set_here[0]}: with model.embeddings the text branch has no weights; "
+                    "leave it out, or set model.embeddings=null"
+                )
 
     def _unsteady(self, kind: type[FusionModel]) -> str | None:
         """Why an image encoder's output for a row would change from epoch to epoch, if it would."""

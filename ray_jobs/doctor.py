@@ -162,3 +162,10 @@ def _run_inputs(run: RunConfig, *, made: set[str]) -> Iterator[Line]:
     if image_weights is not None:
         found = Path(image_weights).is_file()
         yield ("ok" if found else "FAIL", "weights", f"{run.name}: {image_weights}")
+    embeddings = getattr(run.model, "embeddings", None)
+    if embeddings is not None:
+        from fusion.encoders.text_store import SERVED
+
+        found = (embeddings / SERVED).is_file()
+        hint = "" if found else " is missing; `rayfuse data embed` fills it"
+        yield ("ok" if found else "FAIL", "embeddings", f"{run.name}: {embeddings}{hint}")

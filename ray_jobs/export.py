@@ -86,7 +86,7 @@ def run(run_folder: Path, out: Path) -> Path:
         return _adapters(trained, out)
     batches = trained.config.data.batches
     reader = ShardReader(trained.config.data.shards, batches.cache_dir)
-    inference.check_learnt_on(trained, reader.manifest)
+    inference.check_learnt_on(trained.config, trained.meta, reader.manifest)
     normalizer = normalizer_for(reader, batches)
     with _new(out) as folder:
         folder.mkdir()

@@ -12,7 +12,7 @@ from data.errors import InputError
 from ray_jobs.runs import RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -82,11 +82,14 @@ def open_split(trained: Trained, split: str) -> BatchLoader:
     """The batches of every row of a split, in order.
 
     Raises:
-        InputError: The shards are not those the run was trained on, or the split has no rows.
+        InputError: The shards are not those the run was trained on, the split has no rows, or the
+            run's store of kept vectors lacks some of its texts.
     """
     from data.loader import open_stream
+    from ray_jobs.texts import refuse_missing
 
     config = trained.config
+    refuse_missing(config, [split])
     stream = open_stream(
         config.data.shards,
         split,
@@ -97,21 +100,25 @@ def open_split(trained: Trained, split: str) -> BatchLoader:
         rows="partial",
     )
     try:
-        check_learnt_on(trained, stream.reader.manifest)
+        check_learnt_on(config, trained.meta, stream.reader.manifest)
     except InputError:
         stream.close()
         raise
     return stream
 
 
-def check_learnt_on(trained: Trained, manifest: Manifest) -> None:
+def check_learnt_on(config: RunConfig, meta: Mapping[str, Any], manifest: Manifest) -> None:
     """Refuse shards that a run was not trained on.
+
+    Args:
+        config: The run's.
+        meta: Of its best weights.
+        manifest: Of the shards.
 
     Raises:
         InputError: They are others.
     """
-    config = trained.config
-    learnt_on = trained.meta.get("lineage", {}).get("manifest")
+    learnt_on = meta.get("lineage", {}).get("manifest")
     if learnt_on not in (None, manifest.digest):
         raise InputError(
             f"{config.data.shards}: not the shards that {config.name} was trained on (manifest "

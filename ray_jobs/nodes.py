@@ -216,7 +216,9 @@ def _set_seen(node: Node, answer: int, sent: tuple[float, float]) -> None:
 
 def _weights(run: RunConfig) -> list[Path]:
     image_weights = getattr(run.model, "image_weights", None)
-    files = [*run.init_from.values(), image_weights]
+    embeddings = getattr(run.model, "embeddings", None)
+    served = None if embeddings is None else Path(embeddings) / "served.json"
+    files = [*run.init_from.values(), image_weights, served]
     return [Path(file) for file in files if file is not None]
 
 

@@ -22,6 +22,7 @@ from data.shards import missing_classes, refuse_unlearnable
 from ray_jobs import capacity, cluster, lineage, mirror, recovery, storage, supervise
 from ray_jobs import config as run_config
 from ray_jobs.runs import RunFolder
+from ray_jobs.texts import refuse_missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,12 +68,14 @@ def run(config: RunConfig, *, fork: bool = False, observer: Observer | None = No
         The run's folder; best/ in it holds the weights to evaluate.
 
     Raises:
-        InputError: The shards do not fit, the name belongs to another config, the cluster is too
-            small, the loss is not finite, the disk is full, the storage fails, or the workers hang.
+        InputError: The shards do not fit, kept vectors are missing, the name belongs to another
+            config, the cluster is too small, the loss is not finite, the disk is full, the storage
+            fails, or the workers hang.
         KeyboardInterrupt: After Ctrl-C; after SIGTERM, `supervise.Terminated`.
     """
     manifest = Manifest.load(config.data.shards)
     lineage.check_shards(config, manifest)
+    refuse_missing(config, ("train", "val"))
     refuse_unlearnable(manifest)
     if lacking := missing_classes(manifest):
         logger.warning("%s (%d such in all; see `rayfuse data describe`)", lacking[0], len(lacking))

@@ -32,7 +32,7 @@ from fusion.encoders.text_base import (
     load_quantised,
     refuse_long,
 )
-from fusion.encoders.text_tokens import Tokenizer, Tokens
+from fusion.encoders.text_tokens import TextSource, Tokenizer, Tokens, pairs_of
 from fusion.layers.present import STAND_INS, PresentRows
 from fusion.model import Reference
 
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from data.schema import Batch
-
-
-TextSource = Literal["notes_and_labs", "notes", "labs"]
 
 
 class TextOptions(Config):
@@ -141,13 +138,7 @@ class TextEncoder(nn.Module):
 
     def read(self, batch: Batch) -> list[Tokens | None]:
         """[B] the tokens of each row's note and results; None where it has no text."""
-        notes, labs = [""] * len(batch), [""] * len(batch)
-        if self.options.text != "labs":
-            for row, note in zip(batch.notes_index.tolist(), batch.notes, strict=True):
-                notes[row] = note
-        if self.options.text != "notes" and batch.lab_texts:
-            labs = list(batch.lab_texts)
-        pairs = zip(notes, labs, strict=True)
+        pairs = pairs_of(batch, self.options.text)
         texts = [self.tokens(*pair) if any(pair) else None for pair in pairs]
         return [None if text is None or text.empty else text for text in texts]
 
@@ -175,7 +166,7 @@ class TextEncoder(nn.Module):
 
     def passes(self, batch: Batch, tokens: int) -> list[list[int]]:
         """Rows whose texts one pass of `tokens` tokens holds; a row without one counts as one."""
-        lengths = [1 if text is None else len(text.ids) for text in self.read(batch)]
+        lengths = [1 if text is None else text.length for text in self.read(batch)]
         return self.groups(lengths, tokens)
 
     def groups(self, lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -4,19 +4,55 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from data.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from data.schema import Batch
     from fusion.encoders.text_base import Base
+
+TextSource = Literal["notes_and_labs", "notes", "labs"]
 
 LONGEST: Final = 200_000
 """Characters of a note or a sentence beyond which nothing is looked at (an extraction's limit)."""
 REMEMBERED: Final = 4096
 """Texts whose tokens are kept, the latest ones."""
+
+
+def as_read(note: str | None, labs: str | None, source: TextSource) -> tuple[str, str]:
+    """What is read of a row's note and sentence of results; "" for what is not."""
+    return ("" if source == "labs" else note or "", "" if source == "notes" else labs or "")
+
+
+def pairs_of(batch: Batch, source: TextSource) -> list[tuple[str, str]]:
+    """[B] what is read of each row."""
+    notes: list[str | None] = [None] * len(batch)
+    for row, note in zip(batch.notes_index.tolist(), batch.notes, strict=True):
+        notes[row] = note
+    labs = batch.lab_texts or [None] * len(batch)
+    return [as_read(*pair, source) for pair in zip(notes, labs, strict=True)]
+
+
+class Read(Protocol):
+    """A text that was read: how long it is, and what was cut."""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        ...
+
+    @property
+    def note_cut(self) -> int:
+        """Tokens of the note that were left out."""
+        ...
+
+    @property
+    def labs_cut(self) -> int:
+        """Tokens of the sentence of results that were left out."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +70,11 @@ class Tokens:
     note_cut: int = 0
     labs_cut: int = 0
     empty: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.ids)
 
 
 @dataclass
@@ -55,14 +96,14 @@ class Tally:
     tokens_cut: int = 0
     empty: int = 0
 
-    def add(self, texts: Sequence[Tokens | None]) -> None:
+    def add(self, texts: Sequence[Read | None]) -> None:
         """Count rows' texts; None where a row has none."""
         for text in texts:
             if text is None:
                 self.empty += 1
                 continue
             self.texts += 1
-            self.tokens += len(text.ids)
+            self.tokens += text.length
             self.notes_cut += text.note_cut > 0
             self.labs_cut += text.labs_cut > 0
             self.tokens_cut += text.note_cut + text.labs_cut

@@ -7,6 +7,7 @@ bound and minimises both, which makes the critic worse; `mi_update` says what is
 
 from __future__ import annotations
 
+from pathlib import Path  # noqa: TC003  pydantic reads the Config's types
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -14,17 +15,18 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
 
+from fusion.encoders.kept_text import KeptText
 from fusion.encoders.labs import LabEncoder, LabOptions
 from fusion.encoders.text import TextEncoder, TextOptions
 from fusion.encoders.text_base import TINY_LLAMA
-from fusion.encoders.text_tokens import Tally
 from fusion.layers.dense_fusion import ConcatPerceptron, DenseFusion
 from fusion.layers.disentangled import DisentangledTransformer
 from fusion.layers.present import StandIn, present_labs
 from fusion.losses.focal import FocalOptions, focal_terms
 from fusion.losses.rows import term
 from fusion.losses.vclub import ConditionalGaussian, log_likelihood, vclub_by_row
-from fusion.model import FusionModel, Output, Phase, Reference, Term
+from fusion.model import FusionModel, Output, Phase, Term
+from fusion.text_branch import ReadsText
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 SIZES = {"tokens", "token_width", "width", "heads", "layers", "dropout", "append_one"}
 
 
-class MedFuseLLM(FusionModel, name="medfuse_llm"):
+class MedFuseLLM(ReadsText, name="medfuse_llm"):
     """Text vector A, lab vector B; what is specific to each and what they share; a dense head.
 
     Loss: the focal loss + lambda vCLUB(concat(s_a, s_b); s_c). The terms `vclub` and `nll` (the
@@ -71,6 +73,10 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
         """The paper's lambda; everything else is choice."""
 
         name: Literal["medfuse_llm"] = "medfuse_llm"
+        embeddings: Path | None = None
+        """Folder of texts' vectors that `rayfuse data embed` keeps, read in place of running the
+        language model, which is not even loaded; the options of the text are then those of the run
+        they come from. null runs the language model."""
         labs: LabOptions = LabOptions()
         """The lab encoder; as in the run of `mltm` that its weights come from."""
         items: int = Field(default=100, ge=1)
@@ -119,7 +125,11 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
         super().__init__(config, task)
         self.config = config
         classes = len(task.labels)
-        self.text = TextEncoder(config)
+        self.text = (
+            TextEncoder(config)
+            if config.embeddings is None
+            else KeptText(config.embeddings, config)
+        )
         self.labs = LabEncoder(config.labs, config.items) if config.use_labs else None
         self.no_labs = StandIn(config.labs.dim)
         inputs = (self.text.width, config.labs.dim)
@@ -137,7 +147,6 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
                 inputs=2 * config.width, outputs=config.width, hidden=config.critic_hidden
             )
         self.phases = self._phases()
-        self._tally = Tally()
 
     def forward(self, batch: Batch) -> Output:
         """One pass over a batch.
@@ -145,10 +154,7 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
         Raises:
             InputError: It has more lab columns than `items`.
         """
-        texts = self.text.read(batch)
-        if self.training and len(batch.rows):
-            self._tally.add(texts)
-        text, _ = self.text.rows(texts, batch.targets.device)
+        text = self.text_vectors(batch)
         labs = self._lab_vectors(batch)
         features = {"text": text, "labs": labs}
         if self.config.fusion == "concat":
@@ -161,18 +167,6 @@ class MedFuseLLM(FusionModel, name="medfuse_llm"):
         if self.config.weighs_information:
             terms |= self._information(batch, torch.cat((s_a, s_b), 1), s_c)
         return Output(logits, features, terms)
-
-    def references(self) -> dict[str, Reference]:
-        """The frozen backbone, unless its weights were drawn."""
-        return self.text.references("text")
-
-    def passes(self, batch: Batch, tokens: int) -> list[list[int]]:
-        """Rows whose texts a pass holds."""
-        return self.text.passes(batch, tokens)
-
-    def tally(self) -> dict[str, float]:
-        """Texts read, once for each pass, and what the limit of their length cut."""
-        return self._tally.take()
 
     def _lab_vectors(self, batch: Batch) -> Tensor:
         """[B, D] float32."""

@@ -13,21 +13,22 @@ from torch import nn
 
 from fusion.encoders.text import TextEncoder, TextOptions
 from fusion.encoders.text_base import TINY_LLAMA
-from fusion.encoders.text_tokens import Tally
 from fusion.losses.focal import FocalOptions, focal_terms
-from fusion.model import FusionModel, Output, Phase, Reference
+from fusion.model import FusionModel, Output, Phase
+from fusion.text_branch import ReadsText
 
 if TYPE_CHECKING:
     from data.schema import Batch
     from data.tasks import TaskSpec
 
 
-class NoteLLM(FusionModel, name="note_llm"):
+class NoteLLM(ReadsText, name="note_llm"):
     """A linear head on the text's vector. A row without any text gets the logits of zeros.
 
     Submodules: text (model: the backbone with its adapters), head.
     """
 
+    text: TextEncoder
     modalities = ("notes", "labs")
     TINY: ClassVar = {
         "backbone": str(TINY_LLAMA),
@@ -51,28 +52,12 @@ class NoteLLM(FusionModel, name="note_llm"):
         self.text = TextEncoder(config)
         self.dropout = nn.Dropout(config.head_dropout)
         self.head = self._new_head()
-        self._tally = Tally()
 
     def forward(self, batch: Batch) -> Output:
         """One pass over a batch."""
-        texts = self.text.read(batch)
-        if self.training and len(batch.rows):
-            self._tally.add(texts)
-        vectors, _ = self.text.rows(texts, batch.targets.device)
+        vectors = self.text_vectors(batch)
         logits = self.head(self.dropout(vectors)).float()
         return Output(logits, {"text": vectors}, focal_terms(logits, batch, self.config))
-
-    def references(self) -> dict[str, Reference]:
-        """The frozen backbone, unless its weights were drawn."""
-        return self.text.references("text")
-
-    def passes(self, batch: Batch, tokens: int) -> list[list[int]]:
-        """Rows whose texts a pass holds."""
-        return self.text.passes(batch, tokens)
-
-    def tally(self) -> dict[str, float]:
-        """Texts read, and what the limit of their length cut."""
-        return self._tally.take()
 
     def _new_head(self) -> nn.Linear:
         """As transformers draws it: N(0, initializer_range), bias 0."""

@@ -51,8 +51,10 @@ class Base(BaseModel):
     source: str
     """Its path when they were read."""
     sha256: str
-    """Of their names, types, shapes and values: `initialise.digest`."""
+    """Of their names, types, shapes and values: `fusion.hashed.digest`."""
     names: tuple[str, ...]
+    setting: str = "model.backbone"
+    """Path in a run's config that names what a constructor reads."""
 
 
 class Meta(BaseModel):

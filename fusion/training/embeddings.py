@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from data.errors import InputError
-from data.files import PRIVATE, atomic_path, sha256_json
+from data.files import sha256_json
+from fusion.hashed import DamagedError, digest, read_hashed, write_hashed
 from fusion.training.agreed import AgreedError, agreed
-from fusion.training.initialise import digest
 from fusion.training.objective import autocast, images_last
 
 if TYPE_CHECKING:
@@ -245,14 +243,12 @@ class Shelf:
         if not path.is_file():
             return False
         try:
-            with safe_open(path, "pt") as handle:
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-                right = (handle.metadata() or {}).get("sha256") == digest(tensors)
-            if right and np.array_equal(tensors["rows"].numpy(), self._chunks[number]):
+            tensors = read_hashed(path)
+            if np.array_equal(tensors["rows"].numpy(), self._chunks[number]):
                 self._held[number] = tensors["outputs"]
                 return True
-            fault = "its hash does not fit"
-        except (SafetensorError, OSError, KeyError) as error:
+            fault = "it holds other rows"
+        except (DamagedError, KeyError) as error:
             fault = str(error)
         if last:
             self.damaged += 1
@@ -262,9 +258,7 @@ class Shelf:
     def _put(self, number: int, outputs: Tensor) -> None:
         tensors = {"rows": torch.from_numpy(self._chunks[number]), "outputs": outputs.contiguous()}
         try:
-            with atomic_path(self._path(number)) as temporary:
-                temporary.write_bytes(save(tensors, {"sha256": digest(tensors)}))
-                temporary.chmod(PRIVATE)
+            write_hashed(self._path(number), tensors)
         except OSError as error:
             raise InputError(
                 f"{self._folder}: cannot be written ({os.strerror(error.errno or 0)}); free space "

@@ -5,12 +5,10 @@ What stays frozen as it came is not written into checkpoints: they name its sour
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
-import torch
-
 from data.errors import InputError
+from fusion.hashed import digest
 from fusion.training.checkpoint import Base, read_weights
 from fusion.training.optim import matches
 from fusion.training.references import refuse_other_base, stored_references
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
 
+    import torch
     from torch import Tensor
 
 
@@ -107,16 +106,6 @@ def read_base(bases: Mapping[str, Base], sources: Mapping[str, Path]) -> dict[st
             )
         weights |= kept
     return weights
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of tensors' names, types, shapes and values, in whatever files they lie."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def _read(source: Path, referenced: Mapping[str, Base] | None = None) -> dict[str, Tensor]:

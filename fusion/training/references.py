@@ -27,7 +27,12 @@ def read_references(strategy: Strategy) -> dict[str, Base]:
     def read() -> dict[str, Base]:
         references = strategy.model.references() if strategy.rank == 0 else {}
         return {
-            prefix: Base(source=each.source, sha256=each.digest(), names=tuple(sorted(each.names)))
+            prefix: Base(
+                source=each.source,
+                sha256=each.digest(),
+                names=tuple(sorted(each.names)),
+                setting=each.setting,
+            )
             for prefix, each in references.items()
         }
 
@@ -88,6 +93,6 @@ def refuse_other_base(prefix: str, stored: Base, digest: str | None) -> None:
     if digest != stored.sha256:
         now = f"is sha256 {digest}" if digest else "has random weights"
         raise InputError(
-            f"model.backbone: these weights were trained on {stored.source} (sha256 "
-            f"{stored.sha256}), but the base under {prefix!r} {now}; put that base back"
+            f"{stored.setting}: these weights were trained on {stored.source} (sha256 "
+            f"{stored.sha256}), but what is under {prefix!r} now {now}; put those back"
         )

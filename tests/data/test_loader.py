@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import BatchConfig
+from data.batches import BatchConfig, LeaveOut
 from data.errors import InputError
+from data.folds import fold_of, folds_of
 from data.loader import open_stream
+from data.splits import subject_position
 
 SMALL = {"resize": 64, "size": 56}
 PLAIN = {**SMALL, "augment": False}
@@ -242,6 +244,35 @@ def test_any_rows_are_read_as_evaluation_sees_them(shards, config, processes):
         assert torch.equal(image, pixels[row]), "training without augmentation sees the same"
 
 
+def test_a_fold_of_patients_is_left_out_of_training_alone(shards, config):
+    def rows(split="train", train=True, **left):
+        stream = _stream(shards, config, split=split, train=train, **left)
+        return np.sort(np.concatenate([batch.rows for batch in stream.epoch(0)])), stream.reader
+
+    whole, reader = rows()
+    folds = [rows(leave_out=LeaveOut(fold=fold, of=3))[0] for fold in range(3)]
+    left = [np.setdiff1d(whole, kept) for kept in folds]
+    assert all(len(each) for each in left)
+    assert np.sort(np.concatenate(left)).tolist() == whole.tolist(), "each row is left out once"
+    patients = [set(reader.subjects(each)) for each in left]
+    assert sum(map(len, patients)) == len(set.union(*patients)), "a patient is in one fold"
+    for kept, out in zip(folds, patients, strict=True):
+        assert not out & set(reader.subjects(kept))
+    for split in ("train", "val"):
+        every = reader.rows_of(split).tolist()
+        found, _ = rows(split, train=False, leave_out=LeaveOut(fold=0, of=3))
+        assert found.tolist() == every
+
+
+def test_folds_are_even_and_independent_of_the_split():
+    subjects = range(10_000_000, 10_020_000)
+    folds = folds_of(subjects, 5)
+    assert np.bincount(folds) / 20_000 == pytest.approx([0.2] * 5, abs=0.01)
+    train = np.array([subject_position(each, 0) < 0.7 for each in subjects])
+    assert np.bincount(folds[train]) / train.sum() == pytest.approx([0.2] * 5, abs=0.012)
+    assert folds[:4].tolist() == [fold_of(each, 5) for each in subjects[:4]]
+
+
 def test_a_split_without_such_rows_is_refused(make_shards, config, tmp_path):
     make_shards(tmp_path, rows=12, cxr_share=0.0)
     with pytest.raises(InputError, match="train split has no rows with an image"):
@@ -295,8 +326,9 @@ def test_no_decoding_process_outlives_its_loader(shards, config):
 _ENDLESS = """
 import sys, time
 from pathlib import Path
-from data.batches import BatchConfig
+from data.batches import BatchConfig, LeaveOut
 from data.loader import open_stream
+from data.splits import subject_position
 config = BatchConfig(cache_dir=Path(sys.argv[2]), processes=2, image={"resize": 64, "size": 56})
 stream = open_stream(Path(sys.argv[1]), "train", config, batch_size=16, seed=0, train=True)
 batches = stream.epoch(0)

@@ -30,7 +30,7 @@ VERBS = {
     "train",
     "tune",
 }
-DATA_VERBS = {"synth", "fetch", "plan", "stage", "extract", "describe", "check", "diff"}
+DATA_VERBS = {"synth", "fetch", "plan", "stage", "extract", "embed", "describe", "check", "diff"}
 RUNS_VERBS = {"gc", "logs", "ls", "pull", "stop"}
 
 

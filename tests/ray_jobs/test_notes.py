@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -77,6 +78,10 @@ def said(
         "scaling": {"max_failures": 0},
     }
     (root / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    store = str(root / "store")
+    kept = {**run["model"], "name": "medfuse_llm", "embeddings": store, "width": 16, "heads": 2}
+    fused = {**run, "name": "fused", "model": kept}
+    (root / "fused.yaml").write_text(yaml.safe_dump(fused), encoding="utf-8")
     notes, tables = hospital / "mimic-iv-note" / "2.2", hospital / "mimiciv" / "2.2"
     where = ["--mimic-iv", str(tables), "--notes", str(notes), "--out", str(root / "shards")]
     folder = str(root / "runs" / "notes")
@@ -90,6 +95,9 @@ def said(
             (["evaluate", folder], 0),
             (["report", folder], 0),
             (["export", folder, "--out", str(root / "adapter")], 0),
+            (["data", "embed", folder, "--out", store, "--actors", "2"], 0),
+            (["train", str(root / "fused.yaml")], 0),
+            (["evaluate", str(root / "runs" / "fused")], 0),
         ):
             done = head.rayfuse(*words, RAY_ADDRESS=head.gcs)
             assert done.returncode == code, (words, done.stderr)
@@ -109,6 +117,19 @@ def test_the_run_is_whole(said: tuple[Path, str], base: Path) -> None:
     details = json.loads((root / "adapter" / "rayfuse.json").read_text(encoding="utf-8"))
     assert details["base"] == "tiny"
     assert not [p for p in (root / "adapter").iterdir() if str(base).encode() in p.read_bytes()]
+
+
+def test_the_fusion_trains_on_kept_vectors(said: tuple[Path, str]) -> None:
+    root, text = said
+    stored = re.search(r"(\d+) texts, 0 present, (\d+) computed \((\d+) tokens, ", text)
+    assert stored is not None
+    assert int(stored[1]) == int(stored[2]) > 20
+    scores = json.loads((root / "runs/fused/eval/test/metrics.json").read_text(encoding="utf-8"))
+    assert len(scores["labels"]) == 10
+    (weights,) = (root / "runs/fused/best").glob("parts-*")
+    names = [name for path in weights.iterdir() for name in load_file(path)]
+    assert names
+    assert not [name for name in names if name.startswith("text.")]
 
 
 def test_no_word_of_a_note_leaves_the_shards(said: tuple[Path, str]) -> None:

@@ -15,9 +15,9 @@ from data.loader import open_stream
 from data.schema import N_FEATURES, Batch
 from data.tasks import task_spec
 from fusion import registry
+from fusion.hashed import digest
 from fusion.training import loop
 from fusion.training.checkpoint import read_weights
-from fusion.training.initialise import digest
 from fusion.training.strategy import Single
 from ray_jobs import config as run_config
 from ray_jobs import evaluate, session

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.errors import InputError
+from fusion.hashed import digest
 from fusion.training import checkpoint, flight
 from fusion.training.agreed import AgreedError
 from fusion.training.flight import SaveError
-from fusion.training.initialise import digest
 from fusion.training.loop import fit
 
 LONG_S = 120.0
