@@ -67,6 +67,8 @@ def value_slice(
             axes.scatter(values, scores, s=14, color=COLOURS[0], alpha=0.8)
             if log:
                 axes.set_xscale("log")
+                axes.xaxis.set_major_formatter("{x:g}")  # mathtext is not parsed here
+                axes.xaxis.set_minor_formatter("")
         else:
             axes.scatter([str(value) for value in values], scores, s=14, color=COLOURS[0])
         axes.set(xlabel=path, ylabel=label, title=path)

@@ -9,7 +9,7 @@ import pytest
 
 from data.errors import InputError
 from ray_jobs import tune
-from ray_jobs.search import report
+from ray_jobs.search import figures, report
 from ray_jobs.search.compare import compare
 from ray_jobs.search.study import Study
 
@@ -92,6 +92,14 @@ def test_failed_pruned_and_front_are_shown(make_plan, serial):
     text = page(tune.run(plan, executor=serial(plan))).text
     assert "Pareto front" in text
     assert "train.min_epochs (4) is larger than train.epochs (2)" in text
+
+
+def test_powers_of_ten_are_written_out():
+    rates = [2e-5, 3e-4, 4e-3, 5e-2]
+    svg = figures.value_slice(rates, [1, 2, 3, 4], path="lr", label="auroc", log=True, salt="x")
+    words = re.findall(r">([^<>]+)</text>", svg)
+    assert {"0.0001", "0.001", "0.01"} <= set(words)
+    assert "$" not in "".join(words)
 
 
 def test_rungs_count_who_reached_and_who_ended(make_plan):
