@@ -51,15 +51,15 @@ HOSPITAL = {"renal_coupling": 0.9}
 EXTRACT = {"admissions": {"min_visits": 1, "history_visits": 0, "lab_value": "mean"}}
 COLUMNS = len(items.LABS)
 READS = {"random_weights": True, "adapter": "full", "max_length": 256}
-LABS = {"dim": 32, "heads": 4, "encoder_depth": 2}
+LABS = {"dim": 32, "heads": 4, "encoder_depth": 3}
 FUSED: dict[str, Any] = {
     "name": "medfuse_llm", "text": "notes", "labs": LABS, "items": COLUMNS, "width": 32,
     "tokens": 4, "token_width": 16, "heads": 4, "critic_hidden": 64, **READS,
 }  # fmt: skip
-FROZEN = {
+FROZEN: dict[str, Any] = {
     "epochs": 6, "batch_size": 64, "lr": 1e-3,
     "from": {"text": "notes", "labs": "labs"},
-    "group_lr": {"text": 0.0, "labs": 0.0, "critic": 3e-3},
+    "group_lr": {"text": 0.0, "labs": 0.0},
 }  # fmt: skip
 LAMBDAS = (0.0, 0.1, 1.0)
 NOTES = {"name": "note_llm", "text": "notes", **READS}
@@ -70,13 +70,14 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "labs": {
         "model": {**FUSED, "text": "labs", "max_length": 8, "fusion": "concat"},
-        "epochs": 30, "lr": 2e-3, "from": {"labs": "mltm"},
+        "epochs": 40, "batch_size": 64, "lr": 1e-3, "from": {"labs": "mltm"},
     },
     "notes": {"model": NOTES, "epochs": 6, "lr": 3e-3},
     "concat": {**FROZEN, "model": {**FUSED, "fusion": "concat"}},
     **{
         f"full-{weight:g}": {
-            **FROZEN, "model": {**FUSED, "mi_weight": weight, "mi_update": "joint"}
+            **FROZEN, "model": {**FUSED, "mi_weight": weight, "mi_update": "joint"},
+            "group_lr": {**FROZEN["group_lr"], "critic": 3e-3},
         }
         for weight in LAMBDAS
     },
@@ -322,11 +323,11 @@ def _imputation(folder: Path) -> dict[str, float]:
     parts = []
     for batch in stream.epoch(0):
         assert batch is not None
-        values, observed = present_labs(batch, model.config.items)
-        hidden = model.mask(batch, observed)
-        encoded = model.labs(values, observed & ~hidden)
-        told = model.decoder(encoded.tokens, encoded.mask)
-        parts.append([t.numpy()[:, : len(columns)] for t in (values, observed, hidden, told)])
+        labs, known = present_labs(batch, model.config.items)
+        mask = model.mask(batch, known)
+        encoded = model.labs(labs, known & ~mask)
+        tensors = (labs, known, mask, model.decoder(encoded.tokens, encoded.mask))
+        parts.append([tensor.numpy()[:, : len(columns)] for tensor in tensors])
     stream.close()
     values, observed, hidden, told = (np.concatenate(part) for part in zip(*parts, strict=True))
     best = np.tile(means, (len(values), 1))
@@ -338,8 +339,8 @@ def _imputation(folder: Path) -> dict[str, float]:
         best[:, k] = np.where(partner[:, k], guess, best[:, k])
     out = {}
     for name, chosen in (("all", hidden), ("pair", hidden & partner)):
-        for by, guess in (("mltm", told), ("means", means), ("best", best)):
-            out[f"{name} {by}"] = root_mean_squared_error(guess, values, chosen)
+        for source, guess in (("mltm", told), ("means", means), ("best", best)):
+            out[f"{name} {source}"] = root_mean_squared_error(guess, values, chosen)
     return out
 
 

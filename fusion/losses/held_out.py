@@ -52,8 +52,11 @@ def information(x: Tensor, y: Tensor, *, hidden: int = 64, seed: int = 0) -> dic
         _fit(pair, lambda rows: -info_nce(pair(x[rows], y[rows])), kept, stopping)
     with torch.no_grad():
         everything = torch.ones(len(held), dtype=torch.bool)
-        bound = vclub_by_row(*gaussian(x[held]), y[held], everything).mean()
-        below = [info_nce(pair(x[rows], y[rows])) for rows in held.split(BATCH)[:-1] or (held,)]
+        mean, log_variance = gaussian(x[held])
+        bound = vclub_by_row(mean, log_variance, y[held], everything).mean()
+        size = min(BATCH, len(held))
+        whole = held[: len(held) // size * size].reshape(-1, size)
+        below = [info_nce(pair(x[rows], y[rows])) for rows in whole]
     return {"vclub": float(bound), "info_nce": float(torch.stack(below).mean())}
 
 
@@ -74,12 +77,14 @@ class _Pair(nn.Module):
         )
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        scores: Tensor = self.first(x) @ self.second(y).T / self.first[2].out_features ** 0.5
+        first, second = self.first(x), self.second(y)
+        scores: Tensor = first @ second.T / first.shape[1] ** 0.5
         return scores
 
 
 def _surprise(critic: ConditionalGaussian, x: Tensor, y: Tensor) -> Tensor:
-    return -log_likelihood(*critic(x), y).mean()
+    mean, log_variance = critic(x)
+    return -log_likelihood(mean, log_variance, y).mean()
 
 
 def _standardised(value: Tensor, rows: Tensor) -> Tensor:
@@ -92,9 +97,9 @@ def _fit(critic: nn.Module, loss: Callable[[Tensor], Tensor], kept: Tensor, held
     optimizer = torch.optim.AdamW(critic.parameters(), lr=RATE, weight_decay=DECAY)
     lowest, best, since = math.inf, copy.deepcopy(critic.state_dict()), 0
     for _ in range(EPOCHS):
-        for rows in kept[torch.randperm(len(kept))].split(BATCH):
+        for rows in torch.split(kept[torch.randperm(len(kept))], BATCH):
             optimizer.zero_grad()
-            loss(rows).backward()
+            torch.autograd.backward(loss(rows))
             optimizer.step()
         with torch.no_grad():
             now = float(loss(held))
