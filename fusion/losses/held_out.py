@@ -3,7 +3,7 @@
 A bound that was minimised in training says little of what it bounded: the critic may have been
 poor, or fooled. Here fresh ones are trained on half of some held-out rows, stopped by a fifth of
 that half, and measured on the other half: vCLUB (Cheng et al. 2020), above the mutual information
-where its Gaussian fits, and InfoNCE (van den Oord et al. 2018, Eq 4), below it and below log N.
+where its Gaussian fits, and InfoNCE (van den Oord et al. 2018, Eq 4), below it and below log 64.
 """
 
 from __future__ import annotations
