@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy import stats
 
 from data.files import atomic_path, write_json, write_text
 from data.sources import synthetic
 from data.sources.synthetic.planting import MORTALITY, PLANTED
 from data.switches import ExtractConfig, Sources
 from fusion.metrics.ranking import auroc
+from fusion.metrics.seeds import cell, interval
 from ray_jobs import cluster, evaluate, extract, predictions, train
 from ray_jobs import config as run_config
 
@@ -220,15 +219,6 @@ def _withheld(folders: dict[tuple[str, int], Path]) -> dict[str, dict[str, dict[
     }
 
 
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean and 95 % interval over seeds (Student's t)."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return {"mean": mean, "lower": math.nan, "upper": math.nan}
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return {"mean": mean, "lower": mean - half, "upper": mean + half}
-
-
 def page(result: dict[str, Any]) -> str:
     """docs/planted-truth.md."""
     models = [name for name in MODELS if name in result["models"]["ehr"]]
@@ -251,7 +241,7 @@ def page(result: dict[str, Any]) -> str:
     for kind in KINDS:
         reference = result["reference"][kind]
         cells = [f"{reference[name]:.3f}" for name in REFERENCES]
-        cells += [_cell(result["models"][kind][model]) for model in models]
+        cells += [cell(result["models"][kind][model]) for model in models]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -269,7 +259,7 @@ def page(result: dict[str, Any]) -> str:
         "|---" * (1 + len(result["share_of_bayes_gain"]["both"])) + "|",
     ]
     for kind, gains in result["share_of_bayes_gain"].items():
-        lines.append(f"| {kind} | " + " | ".join(_cell(gain) for gain in gains.values()) + " |")
+        lines.append(f"| {kind} | " + " | ".join(cell(gain) for gain in gains.values()) + " |")
     shares = [f"{share:.2f}" for share in SHARES]
     lines += [
         "",
@@ -282,7 +272,7 @@ def page(result: dict[str, Any]) -> str:
         "|---" * (1 + len(shares)) + "|",
     ]
     for model, curve in result["withheld"].items():
-        lines.append(f"| {model} | " + " | ".join(_cell(curve[share]) for share in shares) + " |")
+        lines.append(f"| {model} | " + " | ".join(cell(curve[share]) for share in shares) + " |")
     return "\n".join([*lines, "", *_order(result["withheld"]), ""])
 
 
@@ -302,12 +292,6 @@ def _order(curves: dict[str, dict[str, dict[str, float]]]) -> list[str]:
         if high["lower"] > low["upper"]
     ]
     return stated or ["With every X-ray withheld the intervals overlap: no order is stated."]
-
-
-def _cell(found: dict[str, float]) -> str:
-    if math.isnan(found["lower"]):
-        return f"{found['mean']:.3f} (one seed)"
-    return f"{found['mean']:.3f} ({found['lower']:.3f} to {found['upper']:.3f})"
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ IN_NOTES: Final = (1, 2, 3)
 IN_LABS: Final = (0, 1)
 MODALITY_SETS: Final = ("notes", "labs", "notes+labs")
 _PAIRS: Final = ((0, ("Sodium", "Potassium")), (1, ("Hemoglobin", "White Blood Cells")))
-_NOISE_PAIR: Final = ("Creatinine", "Urea Nitrogen")
+NOISE_PAIR: Final = ("Creatinine", "Urea Nitrogen")
+"""Moved to sides that say nothing of the latents; `renal_coupling` ties them to one another."""
 _LAB: Final = {item.label: k for k, item in enumerate(items.LABS)}
 _NINE_SHARE: Final = 0.6
 """Share of MIMIC-IV's admissions that are coded in ICD-9."""
@@ -63,8 +64,12 @@ def draw_clinical(block: Block, config: HospitalConfig, rng: np.random.Generator
         sign = rng.choice(np.array([-1, 1], np.int8), n)
         side[:, _LAB[one]] = sign
         side[:, _LAB[other]] = np.where(latents[:, latent] == 1, sign, -sign)
-    for name in _NOISE_PAIR:
-        side[:, _LAB[name]] = rng.choice(np.array([-1, 1], np.int8), n)
+    creatinine, urea = (_LAB[name] for name in NOISE_PAIR)
+    for test in (creatinine, urea):
+        side[:, test] = rng.choice(np.array([-1, 1], np.int8), n)
+    # A stream of its own, so that the coupling moves nothing else.
+    follows = rng.spawn(1)[0].random(n) < config.renal_coupling
+    side[follows, urea] = side[follows, creatinine]
     chance = _extra_chance(latents, config)
     extra = (rng.random((n, 2)) < chance).astype(np.uint8)
     return Clinical(extra, side, rng.random(n) < 0.5)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from data.config import Config
 
 Release = Literal["mimic-iv-2.2", "mimic-iv-3.1", "mimic-iii-1.4"]
@@ -45,6 +47,9 @@ class HospitalConfig(Config):
     """For e1 and e2: channels that move in the other phase."""
     lab_shift: float = 2.0
     """How far a lab test is moved to its side, in its spread."""
+    renal_coupling: float = Field(default=0.0, ge=0, le=1)
+    """Share of admissions whose urea nitrogen is moved to the side of creatinine. Both are noise to
+    every label; otherwise no lab test says anything of another one."""
     image_grid: int = 64
     """Side of the grid on which images are drawn before they are enlarged."""
     patch_radius: int = 8

@@ -16,6 +16,7 @@ from data.sources.synthetic import HospitalConfig, items
 from data.sources.synthetic.clinical import (
     IN_LABS,
     IN_NOTES,
+    NOISE_PAIR,
     admission_scores,
     draw_clinical,
     expected_labels,
@@ -168,6 +169,29 @@ def test_predicted_shares_are_those_that_occur(admissions):
         if sure.any():
             gap = found[sure, k].mean() - admissions.labels[sure, k].mean()
             assert abs(gap) < 4 * 0.5 / np.sqrt(sure.sum())
+
+
+def test_coupled_noise_tells_one_test_of_the_other_and_nothing_else():
+    config = HospitalConfig(renal_coupling=0.8)
+    one, other = ([i.label for i in items.LABS].index(name) for name in NOISE_PAIR)
+    free, tied, latents = [], [], []
+    for number in range(40):
+        block = draw_block(number, 5, CONFIG, np.random.default_rng([5, number]))
+        told = [
+            draw_clinical(block, c, np.random.default_rng([6, number])) for c in (CONFIG, config)
+        ]
+        assert np.array_equal(told[0].extra, told[1].extra)
+        assert np.array_equal(told[0].noise, told[1].noise)
+        assert np.array_equal(*(np.delete(each.side, other, axis=1) for each in told))
+        free.append(told[0].side)
+        tied.append(told[1].side)
+        latents.append(block.latents)
+    free, tied, latents = (np.concatenate(part) for part in (free, tied, latents))
+    error = 4 * 0.5 / np.sqrt(len(tied))
+    assert abs((free[:, one] == free[:, other]).mean() - 0.5) < error
+    assert abs((tied[:, one] == tied[:, other]).mean() - 0.9) < error
+    for k in range(4):
+        assert abs((tied[:, other] == 1)[latents[:, k] == 1].mean() - 0.5) < 2 * error
 
 
 def test_lab_beliefs_are_calibrated_when_the_shift_is_faint():
