@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FAST := not slow and not gpu and not browser
 export UV_LINK_MODE ?= copy
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
@@ -36,7 +37,8 @@ check: $(STAMP)  ## ruff, formatter, strict types
 	$(BIN)/mypy benchmarks
 
 test: check  ## everything that needs no cluster, one representative of each mechanism
-	$(BIN)/pytest -m "not slow and not gpu and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not ray and $(FAST)"
+	$(BIN)/pytest -m "ray and $(FAST)"
 
 test-cluster: $(STAMP)  ## the matrices and full-size runs
 	$(BIN)/pytest -m "slow and not gpu and not browser"
