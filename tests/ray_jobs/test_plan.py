@@ -200,6 +200,8 @@ def test_a_model_of_texts_wants_shards_that_hold_some(make_shards, tmp_path):
         plan.plan_run(config, _described())
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
 def test_a_running_cluster_is_read(run_yaml):
     (config,) = run_config.load(run_yaml, ["scaling.num_workers=3"])
     machines = plan_machines.live(config, None)
