@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FAST := not slow and not gpu and not browser
+SLOW := slow and not gpu and not browser
 export UV_LINK_MODE ?= copy
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
@@ -41,7 +42,8 @@ test: check  ## everything that needs no cluster, one representative of each mec
 	$(BIN)/pytest -m "ray and $(FAST)"
 
 test-cluster: $(STAMP)  ## the matrices and full-size runs
-	$(BIN)/pytest -m "slow and not gpu and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not ray and $(SLOW)"
+	$(BIN)/pytest -m "ray and $(SLOW)"
 
 bench: $(STAMP)  ## benchmarks, JSON into benchmarks/results/
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
