@@ -169,7 +169,7 @@ def rows_of(case: dict[str, Any], rows: int, images: int) -> Rows:
     from fusion.planning.dry import Rows
 
     _, length, _, size = case["rows"]
-    if "lab_columns" not in case and not case["model"].startswith("note"):
+    if case["model"] not in ("note_llm", "medfuse_llm"):
         return Rows((length,) * rows, images, size)
     # Longer than max_length in any tokenizer, so cut to it.
     texts = (("pain " * length, ""),) * rows

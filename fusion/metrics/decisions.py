@@ -34,10 +34,9 @@ MEANS = (
 
 def macro_f1(targets: NDArray[Any], probabilities: NDArray[Any], threshold: float = HALF) -> float:
     """Mean F1 of the labels, [N, C] twice; a label that is neither true nor decided has 0."""
-    targets = np.asarray(targets) == 1
-    decided = np.asarray(probabilities) >= threshold
-    right = (targets & decided).sum(0)
-    return float(_ratio(2 * right, targets.sum(0) + decided.sum(0)).mean())
+    truth, decided = np.asarray(targets) == 1, np.asarray(probabilities) >= threshold
+    counts = _by_group(truth, decided, np.zeros(len(truth), np.intp), 1)
+    return float(_scores(counts, np.ones((1, 1)))[1][MEANS.index("f1"), 0])
 
 
 def best_thresholds(targets: NDArray[Any], probabilities: NDArray[Any]) -> NDArray[np.float64]:
