@@ -391,6 +391,9 @@ def measured(job: Job, rank: int) -> dict[str, float]:
         status = Path("/proc/self/status").read_text()
         return float(status.split(f"{line}:")[1].split()[0]) / 1024
 
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    for name in ("peft", "deepspeed.runtime.zero.stage3"):
+        importlib.import_module(name)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")

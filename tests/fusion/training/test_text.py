@@ -347,13 +347,10 @@ def large(bases, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_sharded_base_is_never_whole_on_a_worker(others):
-    """Resident memory above the imports, while it is built and once training could begin.
-
-    The second includes what DeepSpeed's engine loads and allocates, beside the base.
-    """
+    """Resident memory above the imports, while it is built and once training could begin."""
     sharded, whole = (others[f"large-{name}"].results for name in ("zero3-2", "ddp-2"))
     share = 1024 / 2
     for rank in sharded:
         assert share < rank["peak"] <= share * 4 / 3, sharded
-        assert rank["held"] <= share * 1.5, sharded
+        assert share < rank["held"] <= share * 4 / 3, sharded
     assert all(rank["peak"] > 1.5 * share for rank in whole), "whole on each"
