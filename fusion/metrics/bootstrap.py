@@ -62,19 +62,19 @@ class Scores:
         draws: Metric -> [C + 1, R]. NaN where a class lacked.
     """
 
-    point: dict[Metric, NDArray[np.float64]]
-    draws: dict[Metric, NDArray[np.float64]]
+    point: dict[str, NDArray[np.float64]]
+    draws: dict[str, NDArray[np.float64]]
 
     @property
     def n_labels(self) -> int:
         """C."""
         return len(next(iter(self.point.values()))) - 1
 
-    def label(self, metric: Metric, index: int) -> Interval:
+    def label(self, metric: str, index: int) -> Interval:
         """One label's score; index -1 is micro."""
         return interval(float(self.point[metric][index]), self.draws[metric][index])
 
-    def mean(self, metric: Metric, labels: Sequence[int] | None = None) -> Interval:
+    def mean(self, metric: str, labels: Sequence[int] | None = None) -> Interval:
         """The macro mean, resampled as a whole, over `labels` (default all) that are defined.
 
         A label whose rows lack a class is left out of the mean; a resample that lacks a class of
@@ -86,7 +86,7 @@ class Scores:
         mean = self.point[metric][chosen].mean()
         return interval(float(mean), self.draws[metric][chosen].mean(0))
 
-    def mean_of_labels(self, metric: Metric, labels: Sequence[int] | None = None) -> Interval:
+    def mean_of_labels(self, metric: str, labels: Sequence[int] | None = None) -> Interval:
         """The macro mean with the mean of the labels' lower and of their upper bounds.
 
         The papers' way (wider than the interval of the mean). `skipped` is the largest of them.
@@ -103,7 +103,7 @@ class Scores:
             return Interval(mean, None, None, skipped)
         return Interval(mean, float(np.mean(lower)), float(np.mean(upper)), skipped)
 
-    def _defined(self, metric: Metric, labels: Sequence[int] | None) -> NDArray[np.intp]:
+    def _defined(self, metric: str, labels: Sequence[int] | None) -> NDArray[np.intp]:
         chosen = np.arange(self.n_labels) if labels is None else np.asarray(labels, np.intp)
         return chosen[~np.isnan(self.point[metric][chosen])]
 

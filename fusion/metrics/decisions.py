@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusion.metrics.bootstrap import group_index, interval, resample_counts
+from fusion.metrics.bootstrap import Scores, group_index, interval, resample_counts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,6 +74,54 @@ def decisions(
         JSON: thresholds, `means` (name -> interval) and `labels`, for each label precision, recall
         and f1.
     """
+    labels, means, label_draws, mean_draws = _resampled(
+        targets, probabilities, groups, thresholds, resamples, seed
+    )
+    return {
+        "thresholds": [float(value) for value in thresholds],
+        "means": {
+            name: interval(float(means[m]), mean_draws[m]).to_json() for m, name in enumerate(MEANS)
+        },
+        "labels": [
+            {
+                name: interval(float(labels[m, c]), label_draws[m, c]).to_json()
+                for m, name in enumerate(MEANS[:3])
+            }
+            for c in range(labels.shape[1])
+        ],
+    }
+
+
+def f1_scores(
+    targets: NDArray[Any],
+    probabilities: NDArray[Any],
+    groups: NDArray[Any] | None = None,
+    *,
+    threshold: float = HALF,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Scores:
+    """F1 of each label and micro F1 as `bootstrap` gives its scores, in the same resamples."""
+    thresholds = np.full(np.shape(targets)[1], threshold)
+    labels, means, label_draws, mean_draws = _resampled(
+        targets, probabilities, groups, thresholds, resamples, seed
+    )
+    of_label, micro = MEANS.index("f1"), MEANS.index("micro_f1")
+    return Scores(
+        {"f1": np.append(labels[of_label], means[micro])},
+        {"f1": np.concatenate([label_draws[of_label], mean_draws[micro][None]])},
+    )
+
+
+def _resampled(
+    targets: NDArray[Any],
+    probabilities: NDArray[Any],
+    groups: NDArray[Any] | None,
+    thresholds: Sequence[float] | NDArray[np.float64],
+    resamples: int,
+    seed: int,
+) -> tuple[NDArray[np.float64], ...]:
+    """[3, C] scores of labels and [7] means, then those of R resamples, [3, C, R] and [7, R]."""
     truth = np.asarray(targets) == 1
     decided = np.asarray(probabilities, np.float64) >= np.asarray(thresholds, np.float64)
     index, n_groups = group_index(groups, len(truth))
@@ -82,20 +130,7 @@ def decisions(
     drawn = [_scores(counts, block) for block in resample_counts(n_groups, resamples, seed)]
     label_draws = np.concatenate([each[0] for each in drawn], axis=2)
     mean_draws = np.concatenate([each[1] for each in drawn], axis=1)
-    return {
-        "thresholds": [float(value) for value in thresholds],
-        "means": {
-            name: interval(float(means[m, 0]), mean_draws[m]).to_json()
-            for m, name in enumerate(MEANS)
-        },
-        "labels": [
-            {
-                name: interval(float(labels[m, c, 0]), label_draws[m, c]).to_json()
-                for m, name in enumerate(MEANS[:3])
-            }
-            for c in range(truth.shape[1])
-        ],
-    }
+    return labels[..., 0], means[:, 0], label_draws, mean_draws
 
 
 def _best_threshold(targets: NDArray[np.bool_], probabilities: NDArray[np.float64]) -> float:

@@ -188,7 +188,6 @@ def tested(folder: SearchFolder, pair: tuple[str, str], of: Sequence[int]) -> di
     Each score is the mean over the seeds' runs. Intervals are of resampled patients, the same for
     both; what other seeds would change is not in them.
     """
-    from fusion.metrics.bootstrap import METRICS
     from ray_jobs import evaluate
 
     sides = []
@@ -204,7 +203,7 @@ def tested(folder: SearchFolder, pair: tuple[str, str], of: Sequence[int]) -> di
             "default": sides[1].mean(metric).to_json(),
             "difference": difference.mean(metric).to_json(),
         }
-        for metric in METRICS
+        for metric in difference.point
     }
 
 
@@ -224,36 +223,35 @@ def same_patients(one: Path, other: Path) -> bool:
 
 def minus(one: Scores, other: Scores) -> Scores:
     """The difference, resample by resample."""
-    from fusion.metrics.bootstrap import METRICS, Scores
+    from fusion.metrics.bootstrap import Scores
 
     return Scores(
-        {m: one.point[m] - other.point[m] for m in METRICS},
-        {m: one.draws[m] - other.draws[m] for m in METRICS},
+        {m: one.point[m] - other.point[m] for m in one.point},
+        {m: one.draws[m] - other.draws[m] for m in one.point},
     )
 
 
 def mean_scores(runs: Sequence[Path]) -> Scores:
-    """The mean of several runs' test scores, in each resample of the patients."""
+    """The mean of several runs' test scores, in each resample of the patients; F1 at 0.5."""
     import numpy as np
 
-    from fusion.metrics.bootstrap import METRICS, Scores, bootstrap
+    from fusion.metrics.bootstrap import Scores, bootstrap
+    from fusion.metrics.decisions import f1_scores
     from ray_jobs.inference import load_config
 
-    scores = []
+    points: dict[str, list[Any]] = {}
+    draws: dict[str, list[Any]] = {}
     for run in runs:
         settings, found = load_config(run).evaluate, _predictions(run)
-        scores.append(
-            bootstrap(
-                found.targets,
-                found.probabilities,
-                found.subjects,
-                resamples=settings.resamples,
-                seed=settings.seed,
-            )
-        )
+        rows = found.targets, found.probabilities, found.subjects
+        for score in (bootstrap, f1_scores):
+            scored = score(*rows, resamples=settings.resamples, seed=settings.seed)
+            for metric in scored.point:
+                points.setdefault(metric, []).append(scored.point[metric])
+                draws.setdefault(metric, []).append(scored.draws[metric])
     return Scores(
-        {m: np.mean([each.point[m] for each in scores], axis=0) for m in METRICS},
-        {m: np.mean([each.draws[m] for each in scores], axis=0) for m in METRICS},
+        {metric: np.mean(each, axis=0) for metric, each in points.items()},
+        {metric: np.mean(each, axis=0) for metric, each in draws.items()},
     )
 
 

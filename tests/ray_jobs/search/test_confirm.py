@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from fusion.training import metrics_log
 from ray_jobs import evaluate, tune
@@ -77,7 +77,11 @@ def test_test_scores_are_means_over_the_seeds_with_a_paired_difference(make_plan
     plan = make_plan(search, confirm=True, evaluate=EVALUATE)
     folder = tune.run(plan, say=said.append, executor=serial(plan))
     found = read(folder)["test"]
-    by_hand = {"auroc": roc_auc_score, "auprc": average_precision_score}
+
+    def decided(targets, probabilities):
+        return f1_score(targets, probabilities >= 0.5, zero_division=0)
+
+    by_hand = {"auroc": roc_auc_score, "auprc": average_precision_score, "f1": decided}
     for metric, score in by_hand.items():
         means = {}
         for key, name in (("winner", "trial-0000"), ("default", "default")):
