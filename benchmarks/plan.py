@@ -102,6 +102,12 @@ TEXT_CASES: dict[str, dict[str, Any]] = {
         "train": {"recompute": True},
     },
     "note-full": {"config": {"adapter": "full"}, "rows": [2, 256, 0, 32]},
+    "note-full-bf16-zero3": {
+        "config": {"adapter": "full"},
+        "rows": [2, 384, 0, 32],
+        "train": {"precision": "bf16"},
+        "strategy": "zero3",
+    },
     "note-ddp": {"config": LORA, "rows": [4, 512, 0, 32], "strategy": "ddp"},
     "note-zero2": {"config": LORA, "rows": [4, 512, 0, 32], "strategy": "zero2"},
     "note-zero3": {"config": LORA, "rows": [4, 512, 0, 32], "strategy": "zero3"},
@@ -189,8 +195,9 @@ def predict(case: dict[str, Any]) -> dict[str, Any]:
     micro = rows_of(case, -(-rows // parts), -(-images // parts))
     with tempfile.TemporaryDirectory() as folder:
         make, spec = factory(case, Path(folder))
-        step = dry_step(make, Task(spec), train, OptimConfig(), micro)
-    strategy = case.get("strategy", "single")
+        strategy = case.get("strategy", "single")
+        kept = strategy == "zero3"
+        step = dry_step(make, Task(spec), train, OptimConfig(), micro, inputs_kept=kept)
     world = 1 if strategy == "single" else 2
     layout = Layout(strategy, case.get("offload", "none"), world, parts)
     memory = footprint(step, layout)

@@ -73,20 +73,16 @@ def plan_run(config: RunConfig, machines: Machines) -> Plan:
 
     def options(train: TrainConfig, machines: Machines) -> list[Option]:
         share = -(-train.batch_size // machines.world)
-        steps = [
-            (
-                cut,
-                dry_step(
-                    lambda: kind(block, spec),
-                    Task(spec),
-                    train,
-                    config.optim,
-                    rows,
-                    cpu=machines.gpu is None,
-                ),
-            )
-            for cut, rows in cuts(cohort, texts, train, share, config.data.batches.image.size)
-        ]
+        account = functools.partial(
+            dry_step,
+            lambda: kind(block, spec),
+            Task(spec),
+            train,
+            config.optim,
+            cpu=machines.gpu is None,
+        )
+        found = cuts(cohort, texts, train, share, config.data.batches.image.size)
+        steps = [(cut, functools.partial(account, rows)) for cut, rows in found]
         return _options(steps, machines, train.precision)
 
     found = options(config.train, machines)
@@ -145,8 +141,8 @@ def plan_shape(
         found = []
         for note, rank in (("full", None), (f"lora {lora_rank}", lora_rank)):
             config, cpu = LlamaConfig.of(shape, rank), machines.gpu is None
-            one, two = (_shape_step(config, train, sequence, rows, cpu) for rows in (1, 2))
-            steps = [(cut, one.extended(two, cut.rows)) for cut in ways]
+            account = functools.partial(_rows_step, config, train, sequence, cpu)
+            steps = [(cut, functools.partial(account, cut.rows)) for cut in ways]
             found += _options(steps, machines, train.precision, note)
         return found
 
@@ -168,14 +164,27 @@ def plan_shape(
     return Plan(head, tuple(found), best, change, 0, disk)
 
 
+def _rows_step(
+    config: LlamaConfig, train: TrainConfig, sequence: int, cpu: bool, rows: int, inputs_kept: bool
+) -> Step:
+    shape = functools.partial(_shape_step, config, train, sequence, cpu, inputs_kept)
+    return shape(1).extended(shape(2), rows)
+
+
 @functools.cache
 def _shape_step(
-    config: LlamaConfig, train: TrainConfig, sequence: int, rows: int, cpu: bool
+    config: LlamaConfig, train: TrainConfig, sequence: int, cpu: bool, inputs_kept: bool, rows: int
 ) -> Step:
     spec = TaskSpec(name="plan", kind="binary", labels=("one",))
-    batch = Rows((sequence,) * rows)
     return dry_step(
-        lambda: Llama(config, spec), Task(spec), train, OptimConfig(), batch, cpu=cpu, update=cpu
+        lambda: Llama(config, spec),
+        Task(spec),
+        train,
+        OptimConfig(),
+        Rows((sequence,) * rows),
+        cpu=cpu,
+        update=cpu,
+        inputs_kept=inputs_kept,
     )
 
 
@@ -191,13 +200,18 @@ def shape_training(precision: str, *, recompute: bool) -> TrainConfig:
 
 
 def _options(
-    steps: Sequence[tuple[Cut, Step]], machines: Machines, precision: str, note: str = ""
+    steps: Sequence[tuple[Cut, Callable[..., Step]]],
+    machines: Machines,
+    precision: str,
+    note: str = "",
 ) -> list[Option]:
     base = m.HOST_BASE if machines.gpu is not None else plan_machines.process_base()
-    by_count = {cut.count: (cut, step) for cut, step in steps}
+    # Of equal cuts the last; an account under ZeRO-3 takes a dry step of its own.
+    by_count = {cut.count: (cut, functools.cache(account)) for cut, account in steps}
     found = []
     for layout in layouts(machines.world, gpu=machines.gpu is not None, counts=sorted(by_count)):
-        cut, step = by_count[layout.accumulation]
+        cut, account = by_count[layout.accumulation]
+        step = account(inputs_kept=layout.strategy == "zero3")
         found.append(weigh(layout, cut, step, machines, precision, base, note))
     return found
 

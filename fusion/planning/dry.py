@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from data.schema import MODALITIES, N_FEATURES, Batch
-from fusion.planning.ledger import Ledger, Packing, convolution_scratch, size_of
+from fusion.planning.ledger import Ledger, Packing, convolution_scratch, keeping_inputs, size_of
 from fusion.training.objective import N_PATTERNS, MicroBatch, Objective
 from fusion.training.optimizers import build_optimizers, freeze, phase_parameters, train_mode
 from fusion.training.recompute import recompute
@@ -128,6 +129,7 @@ def dry_step(
     *,
     cpu: bool = True,
     update: bool = True,
+    inputs_kept: bool = False,
 ) -> Step:
     """Run one worker's step over a micro-batch without allocating anything.
 
@@ -139,6 +141,7 @@ def dry_step(
         rows: The micro-batch.
         cpu: Count what oneDNN holds beside the tensors.
         update: Run the optimizers too.
+        inputs_kept: Linear layers keep their inputs, as under ZeRO-3.
 
     Raises:
         InputError: `optim.group_lr` does not fit, or the model's shapes depend on values.
@@ -161,7 +164,8 @@ def dry_step(
             if update:
                 _make_moments(phase_parameters(model, phase).values(), optimizer, ledger)
         ledger.own(_state(model, batch, optimizers), "state")
-        with Packing(), ledger, gradients_noted(model, ledger):
+        linear = keeping_inputs() if inputs_kept else nullcontext()
+        with Packing(), linear, ledger, gradients_noted(model, ledger):
             counts = torch.ones(N_PATTERNS + len(model.counted), dtype=torch.float64)
             ledger.own([counts], "state")
             for phase, optimizer in zip(model.phases, optimizers, strict=True):

@@ -176,6 +176,48 @@ class Packing(TorchFunctionMode):
         return padded.view(steps, rows, -1).transpose(0, 1), torch.zeros(rows, dtype=torch.int64)
 
 
+@contextmanager
+def keeping_inputs() -> Iterator[None]:
+    """Linear layers keep their inputs for the backward pass, as under ZeRO-3.
+
+    DeepSpeed replaces `torch.nn.functional.linear` (`memory_efficient_linear`), because autograd's
+    own would keep the gathered weight. Its function keeps what it is given, before autocast's cast
+    and where the weight is frozen too.
+    """
+    functional: Any = torch.nn.functional
+    before, functional.linear = functional.linear, _linear_keeping
+    try:
+        yield
+    finally:
+        functional.linear = before
+
+
+def _linear_keeping(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return _KeptLinear.apply(input, weight, bias)
+
+
+class _KeptLinear(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        out = inputs.matmul(weight.t())
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        (of_out,) = gradients
+        rows = of_out.flatten(0, -2)
+        of_inputs, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            of_out.matmul(weight) if of_inputs else None,
+            rows.t().matmul(inputs.flatten(0, -2)) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
 def size_of(tensor: Tensor) -> int:
     """Bytes of a tensor."""
     return tensor.numel() * tensor.element_size()

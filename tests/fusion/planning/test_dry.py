@@ -80,9 +80,9 @@ def _real_batch(rows: Rows) -> Batch:
     )
 
 
-def _allocated(model, batch, path) -> int:
+def _allocated(model, batch, path, **options) -> int:
     """Most bytes that torch's CPU allocator held at once during a step, above those before it."""
-    objective = Objective(model, Task(SPEC), TrainConfig())
+    objective = Objective(model, Task(SPEC), TrainConfig(**options))
     counts, phase = census(batch, model), model.phases[0]
     for _ in range(2):  # the first pass allocates what is kept
         model.zero_grad(set_to_none=True)
@@ -124,6 +124,32 @@ def test_real_models_allocate_what_was_reckoned(name, wider, tmp_path):
     )
     real = _allocated(kind(config, SPEC), _real_batch(rows), tmp_path / "trace.json")
     assert max(step.growing["forward"], step.growing["backward"]) == pytest.approx(real, rel=0.1)
+
+
+def test_linear_layers_under_zero3_keep_their_inputs(monkeypatch, tmp_path):
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    config = LlamaConfig(**TINY_LLAMA, lora_rank=4, base="bf16")
+    rows, options = Rows((64,) * 4), {"precision": "bf16"}
+    plain, kept = (
+        dry_step(
+            lambda: Llama(config, SPEC),
+            Task(SPEC),
+            TrainConfig(**options),
+            OptimConfig(),
+            rows,
+            inputs_kept=kept,
+        )
+        for kept in (False, True)
+    )
+    assert kept.flops == plain.flops
+    batch, trace = _real_batch(rows), tmp_path / "trace.json"
+    real = _allocated(Llama(config, SPEC), batch, trace, **options)
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    more = _allocated(Llama(config, SPEC), batch, trace, **options) - real
+    reckoned = max(kept.growing.values()) - max(plain.growing.values())
+    assert reckoned == pytest.approx(more, rel=0.02)
+    assert more > 0.2 * real
 
 
 @pytest.mark.parametrize("name", registry.names())
