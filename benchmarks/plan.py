@@ -193,13 +193,14 @@ def predict(case: dict[str, Any]) -> dict[str, Any]:
     rows, _, images, _ = case["rows"]
     parts = train.accumulation
     micro = rows_of(case, -(-rows // parts), -(-images // parts))
-    with tempfile.TemporaryDirectory() as folder:
-        make, spec = factory(case, Path(folder))
-        strategy = case.get("strategy", "single")
-        kept = strategy == "zero3"
-        step = dry_step(make, Task(spec), train, OptimConfig(), micro, inputs_kept=kept)
+    strategy = case.get("strategy", "single")
     world = 1 if strategy == "single" else 2
     layout = Layout(strategy, case.get("offload", "none"), world, parts)
+    with tempfile.TemporaryDirectory() as folder:
+        make, spec = factory(case, Path(folder))
+        step = dry_step(
+            make, Task(spec), train, OptimConfig(), micro, inputs_kept=layout.inputs_kept
+        )
     memory = footprint(step, layout)
     return {
         "bytes": memory.device_peak + memory.host_peak + RUNTIME,

@@ -81,8 +81,8 @@ def plan_run(config: RunConfig, machines: Machines) -> Plan:
             config.optim,
             cpu=machines.gpu is None,
         )
-        found = cuts(cohort, texts, train, share, config.data.batches.image.size)
-        steps = [(cut, functools.partial(account, rows)) for cut, rows in found]
+        ways = cuts(cohort, texts, train, share, config.data.batches.image.size)
+        steps = [(cut, functools.partial(account, rows)) for cut, rows in ways]
         return _options(steps, machines, train.precision)
 
     found = options(config.train, machines)
@@ -211,7 +211,7 @@ def _options(
     found = []
     for layout in layouts(machines.world, gpu=machines.gpu is not None, counts=sorted(by_count)):
         cut, account = by_count[layout.accumulation]
-        step = account(inputs_kept=layout.strategy == "zero3")
+        step = account(inputs_kept=layout.inputs_kept)
         found.append(weigh(layout, cut, step, machines, precision, base, note))
     return found
 

@@ -97,12 +97,19 @@ def f1_scores(
     probabilities: NDArray[Any],
     groups: NDArray[Any] | None = None,
     *,
-    threshold: float = HALF,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Scores:
-    """F1 of each label and micro F1 as `bootstrap` gives its scores, in the same resamples."""
-    thresholds = np.full(np.shape(targets)[1], threshold)
+    """F1 at 0.5 of each label and micro F1, in the resamples of `bootstrap`.
+
+    Args:
+        targets: [N, C], 0 or 1.
+        probabilities: [N, C].
+        groups: [N], the patient of each row; None resamples rows.
+        resamples: How many.
+        seed: As in `bootstrap`.
+    """
+    thresholds = np.full(np.shape(targets)[1], HALF)
     labels, means, label_draws, mean_draws = _resampled(
         targets, probabilities, groups, thresholds, resamples, seed
     )

@@ -47,6 +47,11 @@ class Layout:
     accumulation: int = 1
     gpu: bool = False
 
+    @property
+    def inputs_kept(self) -> bool:
+        """Whether linear layers keep their inputs: the step's account is then another one."""
+        return self.strategy == "zero3"
+
 
 @dataclass(frozen=True)
 class Footprint:

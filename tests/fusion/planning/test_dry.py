@@ -57,9 +57,9 @@ class Peeking(Perceptron):
         return super().forward(batch)
 
 
-def _dry(factory, rows, **options):
+def _dry(factory, rows, *, inputs_kept=False, **options):
     train = TrainConfig(**options)
-    return dry_step(factory, Task(SPEC), train, OptimConfig(), rows)
+    return dry_step(factory, Task(SPEC), train, OptimConfig(), rows, inputs_kept=inputs_kept)
 
 
 def _real_batch(rows: Rows) -> Batch:
@@ -132,14 +132,7 @@ def test_linear_layers_under_zero3_keep_their_inputs(monkeypatch, tmp_path):
     config = LlamaConfig(**TINY_LLAMA, lora_rank=4, base="bf16")
     rows, options = Rows((64,) * 4), {"precision": "bf16"}
     plain, kept = (
-        dry_step(
-            lambda: Llama(config, SPEC),
-            Task(SPEC),
-            TrainConfig(**options),
-            OptimConfig(),
-            rows,
-            inputs_kept=kept,
-        )
+        _dry(lambda: Llama(config, SPEC), rows, inputs_kept=kept, **options)
         for kept in (False, True)
     )
     assert kept.flops == plain.flops
