@@ -57,6 +57,7 @@ _ENDS: Final = re.compile(
     r"|(?-i:COURSE|DIAGNOS[EI]S|IMPRESSION|ASSESSMENT|DISPOSITION|PLAN))\W*(:|$)",
     re.IGNORECASE,
 )
+_MAY_END: Final = re.compile(r"course|diagnos|impr|assess|dispo|plan", re.IGNORECASE)
 _BRACKETS: Final = re.compile(r"\[\*\*[^\[\]]{0,200}?\*\*\]")
 _BLANKS: Final = re.compile(r"[ \t]+")
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -82,7 +83,8 @@ def header_of(line: str) -> tuple[str, str] | None:
     One line costs time in its length at most.
     """
     stripped = line.strip()
-    if ends := _ENDS.match(without_brackets(stripped[: 2 * _LONGEST])):
+    start = stripped[: 2 * _LONGEST]
+    if _MAY_END.search(start) and (ends := _ENDS.match(without_brackets(start))):
         return ends[1].lower(), stripped.partition(":")[2].strip()
     name, colon, rest = stripped[: _LONGEST + 1].partition(":")
     rest = stripped[len(name) + 1 :].strip() if colon else ""
