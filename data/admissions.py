@@ -84,7 +84,7 @@ def admission_samples(
         pl.col("labs").is_not_null() | pl.col("notes").is_not_null(),
         "A sample without any modality says nothing.",
     )
-    return _split(anything, tables["given_splits"], config, ledger)
+    return _split(anything, tables, config, ledger)
 
 
 def select_admissions(
@@ -143,13 +143,18 @@ def select_admissions(
 
 
 def _split(
-    samples: pl.DataFrame, given: pl.DataFrame, config: ExtractConfig, ledger: Ledger
+    samples: pl.DataFrame,
+    tables: Mapping[str, pl.DataFrame],
+    config: ExtractConfig,
+    ledger: Ledger,
 ) -> pl.DataFrame:
     """Each subject's split: the lists of the config, else the data set's own, else the hash."""
     assigned = samples.with_columns(assign_split(samples["subject_id"], config.split))
     if config.split.val_subjects is not None:
         return assigned
-    own = given.rename({"split": "given"}).unique(subset="subject_id")
+    own = tables["given_splits"].rename({"split": "given"}).unique(subset="subject_id")
     assigned = assigned.join(own, on="subject_id", how="left", maintain_order="left")
-    ledger.count("admissions split by a hash of their subject", assigned["given"].null_count())
+    if tables["meds"].height:
+        by_hash = assigned["given"].null_count()
+        ledger.count("admissions split by a hash of their subject", by_hash)
     return assigned.with_columns(pl.coalesce("given", "split").alias("split"))

@@ -245,6 +245,14 @@ def test_a_model_of_the_hub_comes_from_its_cache(bases, tmp_path, monkeypatch):
     assert torch.equal(made(texts(made)), encoder(bases["llama"])(texts(made)))
 
 
+def test_a_folder_is_named_from_the_root(bases, monkeypatch):
+    """Workers run in folders of their own; what is no folder is a name of the hub."""
+    monkeypatch.chdir(bases["llama"].parent)
+    name = bases["llama"].name
+    assert TextOptions(backbone=name).backbone == str(bases["llama"])
+    assert TextOptions(backbone="some/llama").backbone == "some/llama"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
