@@ -170,6 +170,7 @@ def test_ten_megabytes_take_time_in_their_length_only(unit):
 
 
 def test_the_sentence_of_results_can_be_read_back():
+    """Sanity check 33."""
     results = [
         Result("Sodium", "128", "mEq/L"),
         Result("Calcium, Total", "7.1", "mg/dL"),
