@@ -108,7 +108,7 @@ def test_the_bound_does_not_shrink_with_the_scale_of_what_is_shared(build, make_
 
 
 def test_lambda_0_is_the_run_without_an_mi_loss_bit_for_bit(build, make_batch):
-    """Sanity check 32: the other run trains a critic; its network minimises the focal loss alone."""
+    """Sanity check 32: the other run trains a critic, its network the focal loss alone."""
     batch = make_batch(rows=6)
     zero = train(build(NAME, mi_weight=0.0, dropout=0.0), batch, 4)
     without = build(NAME, dropout=0.0)
