@@ -72,7 +72,7 @@ def _refuse_adapter(
     text, labels = reader
     headed = any(name.startswith("head.") for name in wanted)
     base = referenced.get("text")
-    adapters.refuse_unfit(folder, text, labels if headed else None, base and base.sha256)
+    adapters.refuse_unfit(folder, text, labels if headed else None, base.sha256 if base else None)
 
 
 def frozen_base(
