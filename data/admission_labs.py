@@ -90,7 +90,7 @@ def lab_matrix(
         pl.col("unit").alias("lab_units"),
         pl.col("available").max(),
     )
-    sentences = _sentences(converted, settings)
+    sentences = _sentences(converted, settings, ledger)
     joined = rows.join(sentences, on="hadm_id", how="left", maintain_order="left")
     latest = pl.max_horizontal("available", "text_available").alias("labs_available_at")
     return joined.with_columns(latest).select(
@@ -161,7 +161,7 @@ def _converted(rows: pl.DataFrame, config: AdmissionConfig, ledger: Ledger) -> p
     )
 
 
-def _sentences(rows: pl.DataFrame, config: AdmissionConfig) -> pl.DataFrame:
+def _sentences(rows: pl.DataFrame, config: AdmissionConfig, ledger: Ledger) -> pl.DataFrame:
     """hadm_id, lab_text, text_available: the last abnormal result of each item, in time's order."""
     if config.abnormal == "flag":
         abnormal = pl.col("flag").str.strip_chars().str.to_lowercase() == "abnormal"
@@ -175,6 +175,7 @@ def _sentences(rows: pl.DataFrame, config: AdmissionConfig) -> pl.DataFrame:
             maintain_order="left",
         )
         abnormal = ~pl.col("number").is_between("low", "high")
+        ledger.count("lab results of tests without a common range", rows["low"].null_count())
     says = pl.col("value").str.contains(r"[0-9A-Za-z]")
     shown = pl.coalesce(pl.when(says).then("value"), pl.col("valuenum").cast(pl.String))
     last = (

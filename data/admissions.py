@@ -84,7 +84,7 @@ def admission_samples(
         pl.col("labs").is_not_null() | pl.col("notes").is_not_null(),
         "A sample without any modality says nothing.",
     )
-    return _split(anything, tables["given_splits"], config)
+    return _split(anything, tables, config, ledger)
 
 
 def select_admissions(
@@ -129,6 +129,7 @@ def select_admissions(
         pl.col("age") >= settings.min_age,
         f"Age of at least {settings.min_age} years; newborns with them.",
     )
+    ledger.count("diagnoses of no admission", tables["diagnoses"]["hadm_id"].null_count())
     labels = admission_labels(tables["diagnoses"], code_lists(task, settings), settings)
     coded = ledger.keep(
         adults.join(labels, on="hadm_id", how="left", maintain_order="left"),
@@ -141,11 +142,19 @@ def select_admissions(
     return coded.with_columns(target.alias("eligible")).select(_COHORT)
 
 
-def _split(samples: pl.DataFrame, given: pl.DataFrame, config: ExtractConfig) -> pl.DataFrame:
+def _split(
+    samples: pl.DataFrame,
+    tables: Mapping[str, pl.DataFrame],
+    config: ExtractConfig,
+    ledger: Ledger,
+) -> pl.DataFrame:
     """Each subject's split: the lists of the config, else the data set's own, else the hash."""
     assigned = samples.with_columns(assign_split(samples["subject_id"], config.split))
-    if config.split.val_subjects is None and given.height:
-        own = given.rename({"split": "given"}).unique(subset="subject_id")
-        assigned = assigned.join(own, on="subject_id", how="left", maintain_order="left")
-        assigned = assigned.with_columns(pl.coalesce("given", "split").alias("split"))
-    return assigned
+    if config.split.val_subjects is not None:
+        return assigned
+    own = tables["given_splits"].rename({"split": "given"}).unique(subset="subject_id")
+    assigned = assigned.join(own, on="subject_id", how="left", maintain_order="left")
+    if tables["meds"].height:
+        by_hash = assigned["given"].null_count()
+        ledger.count("admissions split by a hash of their subject", by_hash)
+    return assigned.with_columns(pl.coalesce("given", "split").alias("split"))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SYSTEMS: Final = {"icd9": 9, "icd10": 10}
 """Code system in a label file -> `icd_version` of the diagnoses."""
+_FIRST: Final = {"icd9": "a digit, E or V", "icd10": "a letter"}
+_BEGINS: Final = {"icd9": re.compile("[0-9EV]"), "icd10": re.compile("[A-Z]")}
 _RANGE: Final = re.compile(r"([A-Z]?)(\d+)-([A-Z]?)(\d+)")
 _CODE: Final = re.compile(r"[A-Z]?\d[0-9A-Z]*")
 
@@ -89,27 +91,51 @@ def load_code_lists(path: Path) -> CodeLists:
     Raises:
         InputError: Missing, no YAML, or a label, code system or code that is not understood.
     """
-    import yaml
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such label file; correct data.extract.admissions.label_file")
-    try:
-        body = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as YAML ({error}); correct that line") from None
+    body = _document(path)
     if not isinstance(body, dict) or not isinstance(body.get("labels"), dict) or not body["labels"]:
         raise InputError(f"{path}: no mapping `labels`; give one of label -> code system -> codes")
     unknown = sorted(str(key) for key in body.keys() - {"labels", "hierarchy"})
     if unknown:
         raise InputError(f"{path}: unknown key {unknown[0]!r}; only labels and hierarchy may stand")
-    labels = {str(name): _prefixes(path, name, codes) for name, codes in body["labels"].items()}
-    hierarchy = {
-        str(name): _prefixes(path, name, codes)
-        for name, codes in (body.get("hierarchy") or {}).items()
-    }
+    severer = body.get("hierarchy") or {}
+    if not isinstance(severer, dict) or body.get("hierarchy") == []:
+        raise InputError(f"{path}: hierarchy: give a mapping of label -> code system -> codes")
+    labels = {_label(path, name): _prefixes(path, name, c) for name, c in body["labels"].items()}
+    hierarchy = {_label(path, name): _prefixes(path, name, c) for name, c in severer.items()}
     for name in hierarchy.keys() - labels.keys():
         raise InputError(f"{path}: hierarchy: {name!r} is no label of the file; correct its name")
     return CodeLists(tuple(labels), tuple(labels.values()), hierarchy)
+
+
+def _document(path: Path) -> Any:
+    import yaml
+
+    class Unique(yaml.SafeLoader):
+        """PyYAML keeps the last of two equal keys and says nothing."""
+
+    def mapping(loader: Unique, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                line = node.value[place][0].start_mark.line + 1
+                raise InputError(f"{path}: {key!r} stands twice, again on line {line}; rename one")
+        return loader.construct_mapping(node, deep=True)
+
+    Unique.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    if not path.is_file():
+        raise InputError(f"{path}: no such label file; correct data.extract.admissions.label_file")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Unique)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML ({error}); correct that line") from None
+
+
+def _label(path: Path, name: object) -> str:
+    if not isinstance(name, str):
+        raise InputError(f"{path}: label {name!r} is no text; put it in quotes")
+    if not name.strip():
+        raise InputError(f"{path}: a label without a name; give it one")
+    return name
 
 
 def _prefixes(path: Path, label: object, systems: Any) -> Prefixes:
@@ -127,7 +153,13 @@ def _prefixes(path: Path, label: object, systems: Any) -> Prefixes:
         if not isinstance(codes, list) or not codes:
             raise InputError(f"{path}: label {label!r}: {system}: give a list of codes")
         for code in codes:
-            found += [(SYSTEMS[system], prefix) for prefix in _expanded(path, label, code)]
+            prefixes = _expanded(path, label, code)
+            if not _BEGINS[system].match(prefixes[0]):
+                raise InputError(
+                    f"{path}: label {label!r}: {code!r} is no code of {system}, whose codes begin "
+                    f"with {_FIRST[system]}; put it under its own system"
+                )
+            found += [(SYSTEMS[system], prefix) for prefix in prefixes]
     return tuple(found)
 
 

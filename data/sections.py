@@ -18,7 +18,7 @@ _NAMES: Final[dict[Section, tuple[str, str]]] = {
     ),
     "past": (r"(?:past )?medical history", r"pmhx?|past history|past medical/surgical history"),
     "medications": (
-        r"(?:medications?|meds) (?:on|prior to) admission|admission medications?",
+        r"(?:medications?|meds) (?:on|upon|at|prior to) admission|admission medications?",
         r"(?:current |home |outpatient )?(?:medications?|meds)(?: at home)?",
     ),
 }
@@ -29,8 +29,35 @@ _WANTED: Final[dict[Headers, dict[Section, re.Pattern[str]]]] = {
 _LONGEST: Final = 60
 _WORDS: Final = 7
 _SMALL: Final = frozenset(
-    ("and", "at", "by", "for", "from", "in", "of", "on", "per", "prior", "the", "to")
+    (
+        "a",
+        "and",
+        "at",
+        "by",
+        "for",
+        "from",
+        "in",
+        "of",
+        "on",
+        "or",
+        "per",
+        "prior",
+        "the",
+        "to",
+        "with",
+    )
 )
+_SHORT_FORM: Final = re.compile(r" ?\([a-z]{1,10}\)$")
+_COURSE: Final = r"(?:(?:brief|concise|summary|of|the) )*(?:hospital|icu|clinical) course"
+_WHOSE: Final = r"(?:admission|admitting|discharge|final|principal|primary|secondary|other)"
+_ENDS: Final = re.compile(
+    # What names the labels ends a section, however it is written: numbered, starred, in any case.
+    rf"[\W\d_]*({_COURSE}(?: (?:by|in|with|and)\b[^:]*)?|(?:{_WHOSE}\W+(?:and )?)+diagnos[ei]s"
+    # Alone they are also words inside a section (`Diagnosis: AML`), unless in capitals.
+    r"|(?-i:COURSE|DIAGNOS[EI]S|IMPRESSION|ASSESSMENT|DISPOSITION|PLAN))\W*(:|$)",
+    re.IGNORECASE,
+)
+_MAY_END: Final = re.compile(r"course|diagnos|impr|assess|dispo|plan", re.IGNORECASE)
 _BRACKETS: Final = re.compile(r"\[\*\*[^\[\]]{0,200}?\*\*\]")
 _BLANKS: Final = re.compile(r"[ \t]+")
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -52,9 +79,13 @@ def header_of(line: str) -> tuple[str, str] | None:
     A header stands at the start of its line and begins with a capital. Before a colon it is a few
     words; with text after the colon, each of them but small ones begins with a capital too, so that
     `Of note: ...` and `Temperature: 98` inside a section differ from `Brief Hospital Course: ...`.
-    Without a colon it is a line of capitals. One line costs time in its length at most.
+    Without a colon it is a line of capitals. A hospital course and diagnoses begin in any writing.
+    One line costs time in its length at most.
     """
     stripped = line.strip()
+    start = stripped[: 2 * _LONGEST]
+    if _MAY_END.search(start) and (ends := _ENDS.match(without_brackets(start))):
+        return ends[1].lower(), stripped.partition(":")[2].strip()
     name, colon, rest = stripped[: _LONGEST + 1].partition(":")
     rest = stripped[len(name) + 1 :].strip() if colon else ""
     words = name.split()
@@ -66,10 +97,11 @@ def header_of(line: str) -> tuple[str, str] | None:
         shouted = name.isupper() and len(stripped) <= _LONGEST and len(name) > 1
         return (name.lower(), "") if shouted else None
     titled = all(word[0].isupper() or word in _SMALL for word in words if word[0].isalpha())
-    known = any(want.fullmatch(name.lower().strip()) for want in _WANTED["wide"].values())
+    name = _SHORT_FORM.sub("", name.strip().lower())
+    known = any(want.fullmatch(name) for want in _WANTED["wide"].values())
     if rest and not known and not (titled and len(words) > 1):
         return None
-    return name.strip().lower(), rest
+    return name, rest
 
 
 def admission_sections(text: str, headers: Headers = "paper") -> dict[Section, str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from data.errors import InputError
 from data.files import sha256_file, write_json, write_text
 from fusion.encoders.text_adapters import NAME, adapted_modules, is_adapter
+from fusion.encoders.text_base import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,10 +23,19 @@ if TYPE_CHECKING:
     from fusion.encoders.text import TextEncoder
 
 WEIGHTS: Final = "adapter_model.safetensors"
+CONFIG: Final = "adapter_config.json"
 DETAILS: Final = "rayfuse.json"
 FORMAT: Final = 1
 _BACKBONE: Final = "text.model."
 _HEAD: Final = "head."
+_PEFT: Final = "base_model.model."
+_FORM: Final = {
+    "r": "model.rank",
+    "lora_alpha": "model.alpha",
+    "use_rslora": "model.adapter",
+    "use_dora": "model.adapter",
+}
+"""What decides an adapter's shapes and scale, as peft names it and as a run does."""
 
 
 def write_adapter(
@@ -91,48 +101,88 @@ def read_adapter(folder: Path, text: TextEncoder, labels: Sequence[str]) -> dict
     Raises:
         InputError: The folder is not whole, or of another base, other labels or other adapters.
     """
+    refuse_unfit(folder, text, labels, text.base.sha256())
+    return stored_weights(folder)
+
+
+def is_written(folder: Path) -> bool:
+    """Whether a folder is one that `write_adapter` wrote."""
+    return (folder / DETAILS).is_file() and (folder / CONFIG).is_file()
+
+
+def stored_weights(folder: Path) -> dict[str, Tensor]:
+    """What a folder holds, by the model's names.
+
+    Raises:
+        InputError: It is not whole.
+    """
     from safetensors.torch import load_file
 
+    _details(folder)
+    return {_model_name(key): value for key, value in load_file(folder / WEIGHTS).items()}
+
+
+def refuse_unfit(
+    folder: Path, text: TextEncoder, labels: Sequence[str] | None, base_sha256: str | None
+) -> None:
+    """Refuse an adapter for another base, other labels, or another form of adapters.
+
+    Args:
+        folder: As written.
+        text: The text encoder it is for.
+        labels: Those of the task, in the order of the logits; None where no head is wanted.
+        base_sha256: Of the base that is there; None where its weights are drawn.
+
+    Raises:
+        InputError: It does not fit, or the folder is not whole.
+    """
     details = _details(folder)
-    if details["base_sha256"] != text.base.sha256():
+    if details["base_sha256"] != base_sha256:
         revision = f" at revision {details['revision']}" if details["revision"] else ""
+        now = f"is {text.base.name} (sha256 {base_sha256})" if base_sha256 else "has random weights"
         raise InputError(
             f"{folder}: an adapter for {details['base']}{revision} (sha256 "
-            f"{details['base_sha256']}), but model.backbone is {text.base.name} (sha256 "
-            f"{text.base.sha256()}); set model.backbone to that base"
+            f"{details['base_sha256']}), but model.backbone {now}; set model.backbone to that base"
         )
-    if details["labels"] != list(labels):
+    if labels is not None and details["labels"] != list(labels):
         raise InputError(
             f"{folder}: an adapter for the labels {', '.join(details['labels'])}, but the task has "
             f"{', '.join(labels)}; choose the task that it was trained for"
         )
-    stored = load_file(folder / WEIGHTS)
-    names = [_BACKBONE + name for name in dict(text.model.named_parameters()) if is_adapter(name)]
-    bias = [f"{_HEAD}bias"] if text.base.family.head_bias else []
-    wanted = {peft_name(name, text): name for name in [*names, f"{_HEAD}weight", *bias]}
-    if wanted.keys() != stored.keys():
-        differing = min(wanted.keys() ^ stored.keys())
-        raise InputError(
-            f"{folder}: other adapters than model.adapter, model.rank and model.target_modules ask "
-            f"for: {differing} is on one side only; use the config that it was trained with"
-        )
-    shapes = {_BACKBONE + name: value.shape for name, value in text.model.named_parameters()}
-    for key, name in wanted.items():
-        if name in shapes and shapes[name] != stored[key].shape:
+    here, there = text.adapter_config(), json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    for field, setting in _FORM.items():
+        if there.get(field) != getattr(here, field):
             raise InputError(
-                f"{folder}: {key} is {tuple(stored[key].shape)}, but model.rank={text.options.rank}"
-                f" makes it {tuple(shapes[name])}; set model.rank to that of the adapter"
+                f"{folder}: an adapter with {field}={there.get(field)}, but {setting} makes it "
+                f"{getattr(here, field)}; set {setting} to that of the adapter"
             )
-    return {name: stored[key] for key, name in wanted.items()}
+    wanted = {_BACKBONE + name for name in dict(text.model.named_parameters()) if is_adapter(name)}
+    found = {name for name in stored_weights(folder) if not name.startswith(_HEAD)}
+    if wanted != found:
+        raise InputError(
+            f"{folder}: other adapters than model.adapter and model.target_modules ask for: "
+            f"{min(wanted ^ found)} is on one side only; use the config that it was trained with"
+        )
+
+
+def _model_name(key: str) -> str:
+    """The inverse of `peft_name`, whatever the architecture."""
+    top, _, inner = key.removeprefix(_PEFT).partition(".")
+    if top in {family.head for family in FAMILIES.values()}:
+        return _HEAD + inner
+    parts = inner.split(".")
+    if is_adapter(inner):
+        parts.insert(-1, NAME)
+    return _BACKBONE + ".".join(parts)
 
 
 def peft_name(name: str, text: TextEncoder) -> str:
     """The name that a trained tensor has in peft's files, on transformers' sequence classifier."""
     family = text.base.family
     if name.startswith(_HEAD):
-        return f"base_model.model.{family.head}.{name.removeprefix(_HEAD)}"
+        return f"{_PEFT}{family.head}.{name.removeprefix(_HEAD)}"
     inner = name.removeprefix(_BACKBONE).replace(f".{NAME}.weight", ".weight")
-    return f"base_model.model.{family.prefix}.{inner}"
+    return f"{_PEFT}{family.prefix}.{inner}"
 
 
 def _save_config(folder: Path, text: TextEncoder) -> None:

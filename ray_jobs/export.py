@@ -109,13 +109,14 @@ def run(run_folder: Path, out: Path) -> Path:
 
 def _adapters(trained: Trained, out: Path) -> Path:
     from fusion.adapters import write_adapter
+    from ray_jobs.predicted import spec_of
 
     if trained.model.name != "note_llm":
         raise InputError(
             f"{trained.config.name}: a run of {trained.config.task}; of tasks of admissions only "
             "note_llm can be exported, as peft's adapters: score it with `rayfuse evaluate`"
         )
-    labels = task_spec(trained.config.task).labels
+    labels = spec_of(trained.config).labels
     text: Any = trained.model.text
     with _new(out) as folder:
         write_adapter(folder, trained.model.state_dict(), text, labels)

@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 _NO_RULES: Final = ("partitions", "split", "image_short_side")
 """Switches that no preset is about."""
+_OF_THE_SOURCE: Final = ("label_file", "meds", "abnormal")
+"""Of `admissions`: what a hospital codes, measures and flags, not a rule on it."""
 
 
 def run(sources: Sources, task: str, out: Path, *, preset: str, config: ExtractConfig) -> Manifest:
@@ -54,14 +56,17 @@ def _follows(config: ExtractConfig, preset: str) -> bool:
     from ray_jobs.config import Preset, extract_config, preset_values
 
     name: Preset = preset  # type: ignore[assignment]
-    expected = extract_config(name).model_dump()
+    expected, chosen = _rules(extract_config(name)), _rules(config)
     by_model: dict[str, list[object]] = {}
     for dotted, value in preset_values(name).items():
         block, _, switch = dotted.partition(".extract.")
         if switch and "[" in block:
             by_model.setdefault(switch, []).append(value)
     return all(
-        value in [expected[switch], *by_model.get(switch, [])]
-        for switch, value in config.model_dump().items()
-        if switch not in _NO_RULES
+        value in [expected[switch], *by_model.get(switch, [])] for switch, value in chosen.items()
     )
+
+
+def _rules(config: ExtractConfig) -> dict[str, object]:
+    rules = config.model_dump(exclude=set(_NO_RULES))
+    return rules | {"admissions": config.admissions.model_dump(exclude=set(_OF_THE_SOURCE))}

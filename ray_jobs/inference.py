@@ -61,14 +61,14 @@ def load(run_folder: Path) -> Trained:
     """
     import torch
 
-    from data.tasks import task_spec
     from fusion import registry
     from fusion.training.checkpoint import read_weights
     from fusion.training.references import fill
+    from ray_jobs.predicted import spec_of
 
     config = load_config(run_folder)
     weights, meta = read_weights(RunFolder(run_folder).best)
-    model = registry.get(config.model.name)(config.model, task_spec(config.task))  # type: ignore[attr-defined]
+    model = registry.get(config.model.name)(config.model, spec_of(config))  # type: ignore[attr-defined]
     try:
         fill(model, weights, meta)
     except InputError as error:
@@ -139,9 +139,9 @@ def predict(
             depend on its neighbours, so mixing rows of both ways withholds any share of images.
         features: Keep the model's named representations.
     """
-    from data.tasks import task_spec
     from fusion.tasks import Task
     from fusion.training.predict import predict as run_model
+    from ray_jobs.predicted import spec_of
 
     batches: Iterator[Batch | None] = stream.epoch(0)
     if withhold:
@@ -149,7 +149,7 @@ def predict(
     return run_model(
         trained.model,
         batches,
-        Task(task_spec(trained.config.task)),
+        Task(spec_of(trained.config)),
         config=trained.config.train,
         features=_feature_names(trained) if features else (),
     ).sorted()
@@ -175,12 +175,12 @@ def _feature_names(trained: Trained) -> tuple[str, ...]:
     """What the model names in `Output.features`, logits of other heads apart."""
     import torch
 
-    from data.tasks import task_spec
     from fusion.training.objective import placeholder
+    from ray_jobs.predicted import spec_of
 
     config, device = trained.config, next(trained.model.parameters()).device
     size = config.data.batches.image.size
-    batch = placeholder(task_spec(config.task), (3, size, size))
+    batch = placeholder(spec_of(config), (3, size, size))
     trained.model.eval()
     with torch.no_grad():
         named = trained.model(batch.to(device)).features

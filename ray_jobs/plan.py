@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data.errors import InputError
-from data.tasks import TaskSpec, task_spec
+from data.tasks import TaskSpec
 from fusion import registry
 from fusion.planning import machines as m
 from fusion.planning.dry import Rows, dry_step
@@ -22,6 +22,7 @@ from fusion.training.config import TrainConfig
 from fusion.training.optim import OptimConfig
 from ray_jobs import plan_machines
 from ray_jobs.plan_cohort import accumulations, cuts, read_cohort, texts_of
+from ray_jobs.predicted import spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +62,7 @@ def plan_run(config: RunConfig, machines: Machines) -> Plan:
     Raises:
         InputError: There are no shards, or the model's memory cannot be reckoned.
     """
-    spec = task_spec(config.task)
+    spec = spec_of(config)
     kind = registry.get(config.model.name)  # type: ignore[attr-defined]
     cohort = read_cohort(config, spec)
     # The values of weights take no part.

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 PLAIN_EVERY_S = 30.0
@@ -46,6 +47,7 @@ class Reporter:
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._train: dict[str, Any] = {}
+        self._read: list[dict[str, Any]] = []
         self._validation = ""
         self._last_plain = time.monotonic()
 
@@ -55,6 +57,7 @@ class Reporter:
             values = line["values"]
             if line["kind"] == "train":
                 self._train = line
+                self._read.append(line)
                 self._progress()
             elif line["kind"] == "val":
                 self._validated(line)
@@ -107,12 +110,37 @@ class Reporter:
         trained = f"loss {loss:.4f}  " if loss is not None else ""
         best = "  best so far" if values["best"] else ""
         self.say(f"epoch {line['epoch']}/{self._epochs}  {trained}{score}{best}")
+        if line["epoch"] == 1 and (cut := texts_read(self._read)):
+            self.say(f"texts: {cut}")
+        self._read = []
         self._last_plain = time.monotonic()
 
     def _clear(self) -> None:
         if self._live:
             self._stream.write("\r\x1b[2K")
             self._stream.flush()
+
+
+def texts_read(lines: Iterable[dict[str, Any]]) -> str:
+    """What of its texts a model read in training, in shares; empty where it reads none.
+
+    An alternating update reads a text once for each of its passes, so the counts are no rows.
+    """
+    names = ("texts", "notes_cut", "labs_cut", "tokens", "tokens_cut", "empty")
+    sums = dict.fromkeys(names, 0.0)
+    for line in lines:
+        for name in names if line["kind"] == "train" else ():
+            sums[name] += line["values"].get(f"text_{name}", 0.0)
+    read = sums["texts"]
+    if not read + sums["empty"]:
+        return ""
+    most = max(read, 1.0)
+    whole = max(sums["tokens"] + sums["tokens_cut"], 1.0)
+    return (
+        f"the note cut in {sums['notes_cut'] / most:.0%}, results in {sums['labs_cut'] / most:.0%} "
+        f"of them, {sums['tokens_cut'] / whole:.0%} of all tokens by model.max_length; no text in "
+        f"{sums['empty'] / (read + sums['empty']):.0%} of rows"
+    )
 
 
 def _order(path: Path) -> tuple[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from ray_jobs.progress import texts_read
 from ray_jobs.runs import RunFolder
 from ray_jobs.suppression import SMALL, count_text, is_small, share_text
 
@@ -126,7 +127,9 @@ def _series(lines: list[dict[str, Any]], kind: str) -> dict[str, list[tuple[floa
         if line["kind"] != kind:
             continue
         for name, value in line["values"].items():
-            if name not in _BESIDE and isinstance(value, int | float):
+            if name in _BESIDE or name.startswith("text_"):
+                continue
+            if isinstance(value, int | float):
                 series.setdefault(name, {})[line["epoch"]] = float(value)
     return {name: sorted(points.items()) for name, points in series.items()}
 
@@ -155,6 +158,8 @@ def compute(lines: list[dict[str, Any]], config: RunConfig) -> list[tuple[str, s
     ]
     if seconds and rows:
         facts.append(("training rows a second, validation included", f"{rows / seconds:,.1f}"))
+    if cut := texts_read(lines):
+        facts.append(("texts", cut))
     return facts
 
 

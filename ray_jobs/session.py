@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from data.cache import folder_of
 from data.loader import open_stream
 from data.manifest import Manifest
-from data.tasks import task_spec
 from fusion import registry
 from fusion.tasks import Task
 from fusion.training import loop
@@ -16,6 +15,7 @@ from fusion.training.flops import count_flops
 from fusion.training.metrics_log import MetricsLog, Silent
 from ray_jobs import mirror
 from ray_jobs.heartbeat import Watched
+from ray_jobs.predicted import spec_of
 from ray_jobs.recovery import Recovery
 from ray_jobs.supervise import stop_flag
 
@@ -64,7 +64,7 @@ def open_session(
             pixels=not cached,
         )
 
-    task = Task(task_spec(config.task))
+    task = Task(spec_of(config))
     kind = registry.get(config.model.name)  # type: ignore[attr-defined]
     settings = loop.Settings(config.train, config.optim, config.checkpoint, config.seed)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -144,9 +145,10 @@ def make_shards() -> Callable[..., Manifest]:
     """A function that writes a finished shard folder with real JPEG bytes and its manifest.
 
     `make_shards(folder, rows=40, task="mortality", seed=0, image_size=256, cxr_share=0.5,
-    shards=2, hours=48, edit=None)`: six patients in ten train, two validate, two test, two rows
-    each; `hours` bounds the length of whole-stay series; `edit(rows)` may change the rows (dicts
-    of the shard schema) before they are written.
+    shards=2, hours=48, labels=None, edit=None)`: six patients in ten train, two validate, two test,
+    two rows each; `hours` bounds the length of whole-stay series; `labels` are in place of the
+    task's, as a hospital's own file names them; `edit(rows)` may change the rows (dicts of the
+    shard schema) before they are written.
     """
 
     def make(
@@ -159,9 +161,11 @@ def make_shards() -> Callable[..., Manifest]:
         cxr_share: float = 0.5,
         shards: int = 2,
         hours: int = 48,
+        labels: tuple[str, ...] | None = None,
         edit: Callable[[list[dict]], None] | None = None,
     ) -> Manifest:
         spec = task_spec(task)
+        spec = replace(spec, labels=labels or spec.labels)
         rng = np.random.default_rng(seed)
         settings = {"image_size": image_size, "cxr_share": cxr_share, "hours": hours}
         table_rows = [_shard_row(rng, index, spec, settings) for index in range(rows)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 _NEEDED: Final = ("subject_id", "time", "code", "numeric_value")
 _SPLITS: Final = {"train": "train", "tuning": "val", "held_out": "test"}
 _BATCH_ROWS: Final = 1 << 18
+_TEXTS: Final = (pl.String, pl.Categorical, pl.Enum)
+_KINDS: Final = {
+    "subject_id": "an integer",
+    "time": "a timestamp",
+    "code": "a text",
+    "numeric_value": "a number",
+    "text_value": "a text",
+    "hadm_id": "a number",
+}
 
 
 @dataclass(frozen=True)
@@ -89,24 +98,35 @@ def _columns(path: Path) -> list[str]:
             f"{path}: no column {', '.join(missing)} (found: {', '.join(schema.names[:12])}); "
             "restore the names of the MEDS schema"
         )
-    kinds = {
-        "subject_id": pa.types.is_integer(schema.field("subject_id").type),
-        "time": pa.types.is_timestamp(schema.field("time").type),
-    }
-    for name, right in kinds.items():
-        if not right:
-            what = "an integer" if name == "subject_id" else "a timestamp"
-            raise InputError(
-                f"{path}: column {name} is {schema.field(name).type}, not {what}; write it so"
-            )
-    return [*_NEEDED, *(name for name in ("text_value", "hadm_id") if name in schema.names)]
+    found = [name for name in (*_NEEDED, "text_value", "hadm_id") if name in schema.names]
+    for name in found:
+        kind = schema.field(name).type
+        what = _KINDS[name]
+        if not _is(kind, what):
+            raise InputError(f"{path}: column {name} is {kind}, not {what}; write it so")
+    return found
+
+
+def _is(kind: Any, what: str) -> bool:
+    """Whether an Arrow type is one that a column of MEDS may have; an empty one may be null."""
+    from pyarrow import types
+
+    if what == "a text":
+        inner = kind.value_type if types.is_dictionary(kind) else kind
+        view = types.is_string_view(inner)
+        return types.is_null(kind) or types.is_string(inner) or types.is_large_string(inner) or view
+    if what == "a number":
+        number = types.is_floating(kind) or types.is_integer(kind) or types.is_decimal(kind)
+        return number or types.is_null(kind)
+    return bool(types.is_integer(kind) if what == "an integer" else types.is_timestamp(kind))
 
 
 def meds_rows(source: Meds, codes: MedsCodes) -> Iterator[pl.DataFrame]:
     """The rows whose code is read, streamed file by file, as the canonical `meds` table.
 
     Raises:
-        InputError: A file is damaged, or a value is not of its column's type.
+        InputError: A file is damaged, or a row has no subject, no code or an impossible time; the
+            message names file, row and column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -115,15 +135,41 @@ def meds_rows(source: Meds, codes: MedsCodes) -> Iterator[pl.DataFrame]:
         pl.col("code").str.starts_with(prefix) for prefix in _prefixes(codes)
     )
     for path in source.files:
+        columns, before = _columns(path), 0
         try:
             with pq.ParquetFile(path) as parquet:
-                for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=_columns(path)):
+                for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
                     frame = pl.DataFrame(pa.Table.from_batches([batch]))
-                    yield _typed(frame.with_columns(pl.col("code").cast(pl.String)).filter(wanted))
+                    frame = frame.with_columns(pl.col("code").cast(pl.String))
+                    _refuse_rows(path, frame, before)
+                    before += frame.height
+                    yield _typed(frame.filter(wanted))
         except (pa.ArrowException, OSError, pl.exceptions.PolarsError):
             raise InputError(
-                f"{path}: damaged, or a value of another type than MEDS says; write it again"
+                f"{path}: damaged after row {before}, or a number too large for its column; write "
+                "it again"
             ) from None
+
+
+def _refuse_rows(path: Path, frame: pl.DataFrame, before: int) -> None:
+    """Refuse a batch that has a row which cannot be read."""
+    rules = [
+        ("subject_id", pl.col("subject_id").is_null(), "is missing"),
+        ("code", pl.col("code").is_null(), "is missing"),
+        (
+            "time",
+            ~pl.col("time").dt.year().is_between(1, 9999),
+            "is outside the years 1 to 9999",
+        ),
+    ]
+    if "hadm_id" in frame.columns and frame["hadm_id"].dtype.is_float():
+        uneven = pl.col("hadm_id") != pl.col("hadm_id").floor()
+        rules.append(("hadm_id", uneven, "is no integer"))
+    for column, wrong, why in rules:
+        places = frame.select(wrong.fill_null(value=False).arg_true()).to_series()
+        if len(places):
+            row = before + int(places[0]) + 1
+            raise InputError(f"{path}: row {row}: {column} {why}; correct or remove that row")
 
 
 def _prefixes(codes: MedsCodes) -> list[str]:
@@ -146,12 +192,10 @@ def lab_names(source: Meds, codes: MedsCodes) -> pl.DataFrame:
     path = source.folder / "metadata" / "codes.parquet"
     if not path.is_file():
         return pl.DataFrame(schema=TABLES["lab_names"])
-    found = pl.read_parquet(path)
-    if not {"code", "description"} <= set(found.columns):
-        raise InputError(f"{path}: no columns code and description; restore or remove the file")
+    found = _metadata(path, {"code": pl.String(), "description": pl.String()})
     labs = found.drop_nulls("description").filter(pl.col("code").str.starts_with(codes.lab))
     return labs.select(
-        _part(codes.lab, 0).alias("item"), pl.col("description").cast(pl.String).alias("name")
+        _part(codes.lab, 0).alias("item"), pl.col("description").alias("name")
     ).unique(subset="item", keep="first", maintain_order=True)
 
 
@@ -164,21 +208,38 @@ def given_splits(source: Meds) -> pl.DataFrame:
     path = source.folder / "metadata" / "subject_splits.parquet"
     if not path.is_file():
         return pl.DataFrame(schema=TABLES["given_splits"])
-    found = pl.read_parquet(path)
-    if not {"subject_id", "split"} <= set(found.columns):
-        raise InputError(f"{path}: no columns subject_id and split; restore or remove the file")
+    found = _metadata(path, {"subject_id": pl.Int64(), "split": pl.String()})
     unknown = sorted(set(found["split"].unique()) - _SPLITS.keys(), key=str)
     if unknown:
         raise InputError(
             f"{path}: unknown split {unknown[0]!r}; MEDS has {', '.join(_SPLITS)}, rename it"
         )
-    pairs = found.select(
-        pl.col("subject_id").cast(pl.Int64), pl.col("split").replace_strict(_SPLITS)
-    ).unique()
+    pairs = found.select("subject_id", pl.col("split").replace_strict(_SPLITS)).unique()
     if pairs["subject_id"].is_duplicated().any():
         twice = pairs.filter(pl.col("subject_id").is_duplicated())["subject_id"].sort()[0]
         raise InputError(f"{path}: subject_id {twice} is in two splits; keep one of them")
     return pairs.sort("subject_id")
+
+
+def _metadata(path: Path, columns: Mapping[str, pl.DataType]) -> pl.DataFrame:
+    """Columns of a file of metadata/, of these types.
+
+    Raises:
+        InputError: It is damaged, or lacks a column, or has one of another type.
+    """
+    try:
+        found = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError):
+        raise InputError(f"{path}: not a readable Parquet file; restore or remove it") from None
+    if not columns.keys() <= set(found.columns):
+        raise InputError(f"{path}: no columns {' and '.join(columns)}; restore or remove the file")
+    for name, kind in columns.items():
+        given = found[name].dtype
+        same = given.is_integer() if kind.is_integer() else given in _TEXTS
+        if not same and given != pl.Null:
+            what = "an integer" if kind.is_integer() else "a text"
+            raise InputError(f"{path}: column {name} is {given}, not {what}; write it so")
+    return found.select(pl.col(name).cast(kind) for name, kind in columns.items())
 
 
 def canonical_tables(meds: pl.DataFrame, codes: MedsCodes) -> Mapping[str, pl.DataFrame]:
@@ -187,7 +248,7 @@ def canonical_tables(meds: pl.DataFrame, codes: MedsCodes) -> Mapping[str, pl.Da
     An admission is a row of `codes.admission`; it ends at the first discharge from then on that
     comes before the next admission, or, where rows carry hadm_id, at the last discharge of that id.
     Without hadm_id, a diagnosis or a note belongs to the latest admission that began by its time,
-    if that ended less than `codes.days_after` days before.
+    if that ended less than `codes.days_after` days before, else to none (null).
     """
     admissions = _admissions(meds, codes)
     diagnoses = [
@@ -256,8 +317,11 @@ def _patients(meds: pl.DataFrame, codes: MedsCodes) -> pl.DataFrame:
 
 
 def _admissions(meds: pl.DataFrame, codes: MedsCodes) -> pl.DataFrame:
-    """subject_id, hadm_id, admittime, dischtime; the latter null where no discharge fits."""
-    begun = _of(meds, codes.admission).drop_nulls("time")
+    """subject_id, hadm_id, admittime, dischtime; the latter null where no discharge fits.
+
+    An admission without a time stays, for the cohort's rules to count.
+    """
+    begun = _of(meds, codes.admission)
     ended = _of(meds, codes.discharge).drop_nulls("time")
     named_ids = begun.filter(pl.col("hadm_id").is_not_null())
     by_id = named_ids.group_by("subject_id", "hadm_id").agg(pl.col("time").min().alias("admittime"))
@@ -294,7 +358,7 @@ def _visit_id(subject_id: int, admittime: object) -> int:
 
 def _assigned(rows: pl.DataFrame, admissions: pl.DataFrame, codes: MedsCodes) -> pl.DataFrame:
     """Rows with hadm_id: their own, else that of the latest admission begun by their time."""
-    timed = rows.filter(pl.col("time").is_not_null() | pl.col("hadm_id").is_not_null())
+    timed = rows.drop_nulls("time")
     begun = admissions.select(
         "subject_id",
         pl.col("admittime").alias("__begun"),
@@ -302,7 +366,7 @@ def _assigned(rows: pl.DataFrame, admissions: pl.DataFrame, codes: MedsCodes) ->
         pl.col("hadm_id").alias("__id"),
     ).sort("__begun")
     joined = timed.sort("time").join_asof(
-        begun,
+        begun.drop_nulls("__begun"),
         left_on="time",
         right_on="__begun",
         by="subject_id",
@@ -311,6 +375,5 @@ def _assigned(rows: pl.DataFrame, admissions: pl.DataFrame, codes: MedsCodes) ->
     )
     ended = pl.col("time") <= pl.col("dischtime") + pl.duration(days=codes.days_after)
     own = pl.coalesce("hadm_id", pl.when(ended).then("__id"))
-    return joined.with_columns(own.cast(pl.Int64).alias("hadm_id")).filter(
-        pl.col("hadm_id").is_not_null()
-    )
+    assigned = joined.with_columns(own.cast(pl.Int64).alias("hadm_id")).select(rows.columns)
+    return pl.concat([assigned, rows.filter(pl.col("time").is_null())])

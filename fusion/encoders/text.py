@@ -7,6 +7,7 @@ model; for BERT the CLS token through the model's own pooler.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -77,6 +78,13 @@ class TextOptions(Config):
     layout: Literal["padded", "packed"] = "padded"
     """Texts of a pass as rows padded to the longest, or packed into one row without padding, each
     attending to itself."""
+
+    @field_validator("backbone", mode="after")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        """Workers run in folders of their own."""
+        folder = Path(value).expanduser()
+        return str(folder.absolute()) if folder.is_dir() else value
 
     @field_validator("target_modules", mode="after")
     @classmethod

@@ -327,8 +327,6 @@ def _listing(folder: Path) -> dict[str, Path]:
     Raises:
         InputError: There is no safetensors file, or one that the index names is missing.
     """
-    from safetensors import SafetensorError, safe_open
-
     index = folder / INDEX
     if index.is_file():
         try:
@@ -350,9 +348,17 @@ def _listing(folder: Path) -> dict[str, Path]:
             f"model.backbone: {folder} holds neither {WEIGHTS} nor {INDEX}{hint}; give a model "
             "whose weights are in safetensors files, or set model.random_weights"
         )
+    with _opened(path) as handle:
+        return dict.fromkeys(handle.keys(), path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as handle:
-            return dict.fromkeys(handle.keys(), path)
+            yield handle
     except SafetensorError as error:
         raise InputError(
             f"model.backbone: {path}: no safetensors file ({error}); download it again"
@@ -360,11 +366,9 @@ def _listing(folder: Path) -> dict[str, Path]:
 
 
 def _stored_shapes(at: dict[str, tuple[Path, str]]) -> dict[str, torch.Size]:
-    from safetensors import safe_open
-
     shapes: dict[str, torch.Size] = {}
     for path in {path for path, _ in at.values()}:
-        with safe_open(path, "pt") as handle:
+        with _opened(path) as handle:
             shapes |= {
                 name: torch.Size(handle.get_slice(stored).get_shape())
                 for name, (file, stored) in at.items()

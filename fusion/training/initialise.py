@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from data.errors import InputError
+from fusion import adapters
 from fusion.hashed import digest
 from fusion.training.checkpoint import Base, read_weights
 from fusion.training.optim import matches
@@ -15,24 +16,30 @@ from fusion.training.references import refuse_other_base, stored_references
 from fusion.weights import read_state
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     import torch
     from torch import Tensor
+
+    from fusion.encoders.text import TextEncoder
 
 
 def initial_weights(
     shapes: Mapping[str, torch.Size],
     sources: Mapping[str, Path],
     referenced: Mapping[str, Base] | None = None,
+    reader: tuple[TextEncoder, Sequence[str]] | None = None,
 ) -> dict[str, Tensor]:
     """Every parameter and buffer below each prefix from its source, under the same name.
 
     Args:
         shapes: Of the model's parameters and buffers.
-        sources: Prefix ("" is the whole model) -> run folder (its best/), or weights file.
+        sources: Prefix ("" is the whole model) -> run folder (its best/), folder of an adapter, or
+            weights file.
         referenced: What the model's constructor has read, by prefix.
+        reader: The model's text encoder, if it has one, and the task's labels: an adapter is for
+            one base and, with its head, for one set of labels.
 
     Raises:
         InputError: A source cannot be read, or lacks a name, or has it in another shape, or was
@@ -46,10 +53,26 @@ def initial_weights(
             raise InputError(
                 f"init_from.{prefix}: the model has no such submodule; it has {', '.join(tops)}"
             )
+        if adapters.is_written(source):
+            _refuse_adapter(source, wanted, referenced or {}, reader)
         found = _read(source, referenced or {})
         for name in wanted:
             weights[name] = _matching(found, name, shapes[name], f"init_from.{prefix}: {source}")
     return weights
+
+
+def _refuse_adapter(
+    folder: Path,
+    wanted: Collection[str],
+    referenced: Mapping[str, Base],
+    reader: tuple[TextEncoder, Sequence[str]] | None,
+) -> None:
+    if reader is None:
+        raise InputError(f"init_from: {folder} is an adapter, but the model reads no text")
+    text, labels = reader
+    headed = any(name.startswith("head.") for name in wanted)
+    base = referenced.get("text")
+    adapters.refuse_unfit(folder, text, labels if headed else None, base.sha256 if base else None)
 
 
 def frozen_base(
@@ -109,6 +132,8 @@ def read_base(bases: Mapping[str, Base], sources: Mapping[str, Path]) -> dict[st
 
 
 def _read(source: Path, referenced: Mapping[str, Base] | None = None) -> dict[str, Tensor]:
+    if adapters.is_written(source):
+        return adapters.stored_weights(source)
     if source.is_dir():
         best = source / "best" if (source / "best").is_dir() else source
         weights, meta = read_weights(best)

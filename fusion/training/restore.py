@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusion.training import checkpoint
 from fusion.training.agreed import AgreedError, agreed
@@ -70,7 +70,9 @@ def _first_weights(
     model, sources = session.strategy.model, session.init_from
     frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
     if held is None:
-        given = initial_weights(shapes, sources, session.saver.referenced)
+        text: Any = getattr(model, "text", None)
+        reader = (text, session.task.spec.labels) if hasattr(text, "adapter_config") else None
+        given = initial_weights(shapes, sources, session.saver.referenced, reader)
         session.saver.base = frozen_base(given, sources, frozen)
         return given
     held.refuse_other_data(session.document)

@@ -14,6 +14,8 @@ from data.errors import InputError
 from data.tasks import TaskSpec
 from fusion import registry
 from fusion.adapters import read_adapter, write_adapter
+from fusion.training.checkpoint import Base
+from fusion.training.initialise import initial_weights
 
 LABELS = ("Heart failure", "Renal failure", "None of them")
 
@@ -109,6 +111,11 @@ def test_an_adapter_that_does_not_fit_is_refused(trained, make_base, tmp_path):
         read_adapter(folder, model.text, LABELS[::-1])
     with pytest.raises(InputError, match=r"set model\.rank to that of the adapter"):
         read_adapter(folder, trained(rank=8).text, LABELS)
+    with pytest.raises(InputError, match=r"lora_alpha=32.0, but model\.alpha makes it 8.0"):
+        read_adapter(folder, trained(alpha=8).text, LABELS)
+    for kind in ("rslora", "dora"):
+        with pytest.raises(InputError, match=r"set model\.adapter to that of the adapter"):
+            read_adapter(folder, trained(adapter=kind).text, LABELS)
     with pytest.raises(InputError, match="is on one side only"):
         read_adapter(folder, trained(target_modules=("q_proj",)).text, LABELS)
     weights = folder / "adapter_model.safetensors"
@@ -117,6 +124,44 @@ def test_an_adapter_that_does_not_fit_is_refused(trained, make_base, tmp_path):
         read_adapter(folder, model.text, LABELS)
     with pytest.raises(InputError, match=r"rayfuse\.json: cannot be read"):
         read_adapter(tmp_path, model.text, LABELS)
+
+
+def begun(model, source, labels=LABELS, prefix=""):
+    """What a run of `model` begins with."""
+    references = {
+        name: Base(source=each.source, sha256=each.digest(), names=tuple(each.names))
+        for name, each in model.references().items()
+    }
+    left_out = {name for base in references.values() for name in base.names}
+    shapes = {n: value.shape for n, value in model.state_dict().items() if n not in left_out}
+    return initial_weights(shapes, {prefix: source}, references, (model.text, labels))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_run_begins_with_an_adapter(trained, make_batch, tmp_path, family, kind):
+    model = trained(family, adapter=kind)
+    write_adapter(tmp_path, state(model), model.text, LABELS)
+    found = begun(model, tmp_path)
+    assert found.keys() == state(model).keys()
+    assert all(value.equal(state(model)[name]) for name, value in found.items())
+    text = begun(model, tmp_path, labels=("another",), prefix="text")
+    assert text.keys() == {name for name in found if name.startswith("text.")}, "without the head"
+
+
+def test_a_run_refuses_an_adapter_that_does_not_fit(trained, make_base, tmp_path):
+    model = trained()
+    write_adapter(tmp_path, state(model), model.text, LABELS)
+    with pytest.raises(InputError, match=r"an adapter for .*, but model\.backbone is"):
+        begun(trained(backbone=make_base("llama", seed=1)), tmp_path)
+    with pytest.raises(InputError, match=r"an adapter for .*, but model\.backbone has random"):
+        begun(trained(random_weights=True), tmp_path)
+    with pytest.raises(InputError, match="but the task has another"):
+        begun(model, tmp_path, labels=("another",))
+    with pytest.raises(InputError, match=r"set model\.alpha to that of the adapter"):
+        begun(trained(alpha=8), tmp_path, prefix="text")
+    with pytest.raises(InputError, match="is an adapter, but the model reads no text"):
+        initial_weights({"head.weight": torch.Size([3])}, {"": tmp_path})
 
 
 def test_what_lacks_adapters_is_not_written(trained, tmp_path):

@@ -23,10 +23,10 @@ import psutil
 import pytest
 import torch
 
-from data.tasks import task_spec
 from fusion import registry
 from fusion.training.checkpoint import write_weights
 from ray_jobs import config as run_config
+from ray_jobs.predicted import spec_of
 from ray_jobs.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def make_run(
             }
         )
         torch.manual_seed(seed)
-        built = chosen(run.model, task_spec(task))
+        built = chosen(run.model, spec_of(run))
         write_weights(run.folder / "best", built, {"selected": "best"})
         run_config.dump(run, RunFolder(run.folder).config)
         _history(RunFolder(run.folder).metrics / "attempt-1", epochs=3)

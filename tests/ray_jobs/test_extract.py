@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data.switches import ExtractConfig, Split
+from data.switches import AdmissionConfig, ExtractConfig, Split
 from ray_jobs.config import extract_config
 from ray_jobs.extract import name_of
 
@@ -21,6 +21,13 @@ def test_a_preset_has_its_own_name(preset: str) -> None:
 def test_other_switches_are_custom() -> None:
     assert name_of(ExtractConfig(outliers="keep"), "corrected") == "custom"
     assert name_of(extract_config("code", ["derive=true"]), "code") == "custom"
+
+
+def test_what_describes_a_hospital_is_no_rule() -> None:
+    own = {"label_file": "mine.yaml", "abnormal": "range", "meds": {"lab": "LABORATORY//"}}
+    assert name_of(ExtractConfig(admissions=AdmissionConfig(**own)), "corrected") == "corrected"
+    leaky = AdmissionConfig(**own, sections="all")
+    assert name_of(ExtractConfig(admissions=leaky), "corrected") == "custom"
 
 
 def test_the_papers_bin_width_depends_on_the_model() -> None:

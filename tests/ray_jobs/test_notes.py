@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 CANARY = "zebraquartz"
+OWN_LABELS = {
+    "Any heart disease": {"icd9": ["393-398", "410-429"], "icd10": ["I20-I52"]},
+    "High pressure": {"icd9": ["401-405"], "icd10": ["I10-I16"]},
+    "Kidney disease": {"icd9": ["580-589"], "icd10": ["N17-N19"]},
+}
+"""A hospital's own label file, through all of it."""
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,8 @@ def said(
 ) -> tuple[Path, str]:
     """The folder of all that the commands wrote, and all that they and Ray's processes said."""
     root = tmp_path_factory.mktemp("work")
+    own = root / "labels.yaml"
+    own.write_text(yaml.safe_dump({"labels": OWN_LABELS}, sort_keys=False), encoding="utf-8")
     run = {
         "name": "notes",
         "runs_dir": str(root / "runs"),
@@ -84,6 +92,7 @@ def said(
     (root / "fused.yaml").write_text(yaml.safe_dump(fused), encoding="utf-8")
     notes, tables = hospital / "mimic-iv-note" / "2.2", hospital / "mimiciv" / "2.2"
     where = ["--mimic-iv", str(tables), "--notes", str(notes), "--out", str(root / "shards")]
+    where.append(f"admissions.label_file={own}")
     folder = str(root / "runs" / "notes")
     lines = []
     with start_head(num_cpus=2) as head:
@@ -109,13 +118,14 @@ def said(
 def test_the_run_is_whole(said: tuple[Path, str], base: Path) -> None:
     root, text = said
     scores = json.loads((root / "runs/notes/eval/test/metrics.json").read_text(encoding="utf-8"))
-    assert len(scores["labels"]) == 10
+    assert scores["labels"] == list(OWN_LABELS)
     assert "NaN or infinite" in text, "the run that failed said why"
     assert "(hadm_id " in text, "and at which admissions"
     weights = load_file(root / "adapter" / "adapter_model.safetensors")
     assert any(float(value.norm()) > 0 for name, value in weights.items() if "lora_B" in name)
     details = json.loads((root / "adapter" / "rayfuse.json").read_text(encoding="utf-8"))
     assert details["base"] == "tiny"
+    assert details["labels"] == list(OWN_LABELS)
     assert not [p for p in (root / "adapter").iterdir() if str(base).encode() in p.read_bytes()]
 
 
@@ -125,7 +135,7 @@ def test_the_fusion_trains_on_kept_vectors(said: tuple[Path, str]) -> None:
     assert stored is not None
     assert int(stored[1]) == int(stored[2]) > 20
     scores = json.loads((root / "runs/fused/eval/test/metrics.json").read_text(encoding="utf-8"))
-    assert len(scores["labels"]) == 10
+    assert scores["labels"] == list(OWN_LABELS)
     (weights,) = (root / "runs/fused/best").glob("parts-*")
     names = [name for path in weights.iterdir() for name in load_file(path)]
     assert names

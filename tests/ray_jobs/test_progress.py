@@ -54,6 +54,30 @@ def test_a_line_still_being_written_is_left_for_later(tmp_path):
     assert follower.new_lines() == [{"kind": "event"}]
 
 
+def test_what_was_cut_of_the_texts_is_said_once():
+    def train(epoch, **counts):
+        values = {"loss": 0.5, "of": 8, **{f"text_{name}": float(n) for name, n in counts.items()}}
+        return {"kind": "train", "epoch": epoch, "step": 1, "values": values}
+
+    def val(epoch):
+        return {"kind": "val", "epoch": epoch, "values": {"f1": 0.5, "best": False}}
+
+    stream = io.StringIO()
+    reporter = Reporter("notes", 2, stream)
+    first = {"texts": 30, "tokens": 900, "notes_cut": 20, "labs_cut": 0, "tokens_cut": 600}
+    second = {"texts": 10, "tokens": 300, "notes_cut": 10, "labs_cut": 4, "tokens_cut": 200}
+    reporter.show([train(0, **first, empty=0), train(0, **second, empty=10), val(1)])
+    reporter.show([train(1, **first, empty=0), val(2)])
+    said = [line for line in stream.getvalue().splitlines() if "texts:" in line]
+    assert said == [
+        "notes: texts: the note cut in 75%, results in 10% of them, 40% of all tokens by "
+        "model.max_length; no text in 20% of rows"
+    ]
+    plain = io.StringIO()
+    Reporter("series", 2, plain).show([train(0), val(1)])
+    assert "texts" not in plain.getvalue()
+
+
 def test_computed_and_damaged_outputs_of_a_frozen_encoder_are_said():
     stream = io.StringIO()
     reporter = Reporter("demo", 20, stream)

@@ -252,3 +252,11 @@ def test_other_tasks(
     html = report.write_report([folder], tmp_path / "r.html").read_text(encoding="utf-8")
     assert f"<dd>{task}</dd>" in html
     assert ("When X-rays are missing" in html) == ("ehr_only" in sets)
+
+
+def test_counts_of_texts_are_a_fact_and_no_loss() -> None:
+    values = {"focal": 0.2, "loss": 0.2, "text_texts": 30.0, "text_tokens": 900.0}
+    line = {"kind": "train", "epoch": 0, "time": 1.0, "values": values}
+    (losses,) = report_data.curves([line, {**line, "epoch": 1}], "salt")
+    assert "train focal" in losses
+    assert "text_" not in losses

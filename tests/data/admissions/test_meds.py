@@ -12,8 +12,9 @@ from data.admission_stage import ingest_admissions, ingest_meds
 from data.errors import InputError
 from data.extraction import extract_partition
 from data.sources.clinical import open_admissions
-from data.sources.meds import canonical_tables, open_meds
+from data.sources.meds import canonical_tables, meds_rows, open_meds
 from data.sources.release import open_release
+from data.splits import assign_split
 from data.stage import load_tables
 from data.switches import AdmissionConfig, ExtractConfig, MedsCodes
 from data.tasks import task_spec
@@ -189,7 +190,7 @@ def test_visits_without_ids_are_paired_in_time():
     ids = visits["hadm_id"].to_list()
     assert len(set(ids)) == 4
     found = dict(tables["diagnoses"].select("icd_code", "hadm_id").iter_rows())
-    assert found == {"I10": ids[0], "4280": ids[2]}
+    assert found == {"I10": ids[0], "I50": None, "4280": ids[2]}
     assert tables["notes"]["hadm_id"].to_list() == [ids[2]]
 
 
@@ -215,6 +216,140 @@ def test_faults_of_a_dataset(tmp_path, damage, needle):
     with pytest.raises(InputError, match=needle) as caught:
         open_meds(tmp_path)
     assert "secret" not in str(caught.value)
+
+
+WRONG_TYPES = {
+    "subject_id": (pl.lit(1.5), "double, not an integer"),
+    "time": (pl.lit("2150-01-01"), "large_string, not a timestamp"),
+    "code": (pl.lit(7), "int32, not a text"),
+    "numeric_value": (pl.lit("7.4"), "large_string, not a number"),
+    "text_value": (pl.lit(b"\xff"), "large_binary, not a text"),
+    "hadm_id": (pl.lit("h-7"), "large_string, not a number"),
+}
+
+
+@pytest.mark.parametrize("column", WRONG_TYPES)
+def test_a_column_of_another_type_is_named(tmp_path, column):
+    value, needle = WRONG_TYPES[column]
+    (tmp_path / "data").mkdir()
+    frame = pl.DataFrame([event(1, 0, "HOSPITAL_ADMISSION")])
+    frame.with_columns(value.alias(column)).write_parquet(tmp_path / "data" / "0.parquet")
+    with pytest.raises(InputError, match=rf"0\.parquet: column {column} is {needle}"):
+        open_meds(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "why"),
+    [
+        ("subject_id", pl.lit(None, pl.Int64), "is missing"),
+        ("code", pl.lit(None, pl.String), "is missing"),
+        ("time", pl.lit(10**18).cast(pl.Datetime("us")), "is outside the years 1 to 9999"),
+        ("hadm_id", pl.lit(0.5), "is no integer"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(tmp_path, column, value, why):
+    (tmp_path / "data").mkdir()
+    visit = event(1, 0, "HOSPITAL_ADMISSION", numeric_value=1.0, text_value="note", hadm_id=7)
+    frame = pl.DataFrame([visit] * 3).cast({"hadm_id": value_type(column)})
+    spoiled = pl.when(pl.int_range(pl.len()) == 1).then(value).otherwise(pl.col(column))
+    frame.with_columns(spoiled.alias(column)).write_parquet(tmp_path / "data" / "0.parquet")
+    with pytest.raises(InputError, match=rf"0\.parquet: row 2: {column} {why}") as caught:
+        list(meds_rows(open_meds(tmp_path), CODES))
+    assert "note" not in str(caught.value)
+
+
+def value_type(column: str) -> pl.DataType:
+    """Pandas writes ids with gaps as floats; whole ones are read."""
+    return pl.Float64() if column == "hadm_id" else pl.Int64()
+
+
+def test_what_belongs_to_no_admission_is_counted():
+    visits = [
+        event(1, start, code)
+        for start, code in (
+            (0, "HOSPITAL_ADMISSION"),
+            (3, "HOSPITAL_DISCHARGE"),
+            (30, "HOSPITAL_ADMISSION"),
+            (33, "HOSPITAL_DISCHARGE"),
+        )
+    ]
+    untimed = {**event(1, 0, "HOSPITAL_ADMISSION"), "time": None}
+    rows = [
+        *visits,
+        untimed,
+        event(1, -20_000, "MEDS_BIRTH"),
+        event(1, 3, "DIAGNOSIS//ICD//10//I10"),
+        event(1, 33, "DIAGNOSIS//ICD//10//I10"),
+        event(1, 20, "DIAGNOSIS//ICD//10//I50"),
+        {**event(1, 3, "DIAGNOSIS//ICD//10//I50"), "time": None},
+        event(1, 20, "NOTE//Discharge summary", text_value="Chief Complaint:\nx"),
+        event(1, 2, "LAB//50983//mEq/L", numeric_value=128.0),
+        event(1, 32, "LAB//50983//mEq/L", numeric_value=128.0),
+    ]
+    schema = {"text_value": pl.String, "numeric_value": pl.Float64, "hadm_id": pl.Int64}
+    meds = pl.DataFrame(rows, schema_overrides=schema, infer_schema_length=None)
+    tables = {**load_tables(Path(), []), "meds": meds}
+    result = extract_partition(tables, task_spec("diagnoses"), CONFIG)
+    assert result.samples.height == 2
+    assert result.counters["diagnoses of no admission"] == 2
+    assert result.counters["admissions split by a hash of their subject"] == 2
+    assert result.counters["lab results of tests without a common range"] == 2, "no names here"
+    steps = {step.rule: (step.rows_in, step.rows_out) for step in result.flow}
+    assert steps["times in order"] == (3, 2)
+    assert steps["summary of an admission of the cohort"] == (1, 0)
+    (aside,) = result.quarantine
+    assert (aside.reason, aside.count) == ("times missing or out of order", 1)
+
+
+@pytest.mark.parametrize("order", ["as written", "shuffled", "one file a row of seven"])
+def test_neither_the_order_of_rows_nor_their_files_matter(tmp_path, from_tables, order):
+    folder = write_demo(tmp_path / "meds", hadm_id=True)
+    expected = from_tables.sort("subject_id", "prediction_time")
+    for path in (folder / "data").rglob("*.parquet"):
+        frame = pl.read_parquet(path)
+        if order == "shuffled":
+            frame.sample(fraction=1, shuffle=True, seed=1).write_parquet(path)
+        elif order != "as written":
+            path.unlink()
+            for part in range(7):
+                frame.gather_every(7, part).write_parquet(path.with_stem(f"{path.stem}-{part}"))
+    samples = from_meds(folder, tmp_path / "work")
+    for column in ("hadm_id", "labels", "lab_items", "labs", "lab_text"):
+        assert samples[column].to_list() == expected[column].to_list(), column
+
+
+def test_a_subject_without_a_given_split_is_split_by_its_hash(tmp_path):
+    folder = write_demo(tmp_path / "meds", hadm_id=True)
+    path = folder / "metadata" / "subject_splits.parquet"
+    whole = pl.read_parquet(path)
+    named = whole.head(20).with_columns(split=pl.lit("held_out"))
+    named.write_parquet(path)
+    samples = from_meds(folder, tmp_path / "work")
+    given = samples["subject_id"].is_in(named["subject_id"].implode())
+    assert set(samples.filter(given)["split"]) == {"test"}
+    rest = samples.filter(~given)
+    assert rest["split"].equals(assign_split(rest["subject_id"], CONFIG.split))
+    assert samples.group_by("subject_id").agg(pl.col("split").n_unique())["split"].max() == 1
+
+
+@pytest.mark.parametrize("name", ["codes", "subject_splits"])
+def test_damaged_metadata_is_named(tmp_path, name):
+    folder = write_demo(tmp_path / "meds", hadm_id=True)
+    path = folder / "metadata" / f"{name}.parquet"
+    first = pl.read_parquet(path).columns[0]
+    other = pl.lit(7) if name == "codes" else pl.lit("a")
+    needles = ("not a readable Parquet", f"column {first} is", f"no columns {first} and")
+    for number, needle in enumerate(needles):
+        frame = pl.read_parquet(path)
+        if number == 0:
+            path.write_bytes(b"PAR1")
+        elif number == 1:
+            frame.with_columns(other.alias(first)).write_parquet(path)
+        else:
+            frame.drop(first).write_parquet(path)
+        with pytest.raises(InputError, match=rf"{name}\.parquet: {needle}"):
+            ingest_meds(open_meds(folder), CODES, tmp_path / str(number), 1)
+        frame.write_parquet(path)
 
 
 def test_unknown_and_double_splits_are_refused(tmp_path):

@@ -205,6 +205,7 @@ def test_every_rule_is_counted_and_the_flow_adds_up(clinic):
 
 
 def test_only_abnormal_results_enter_the_sentence(clinic):
+    """Sanity check 33."""
     tables = clinic(3, patients=40)
     samples = extract_partition(tables, TASK, ExtractConfig()).samples
     names = dict(tables["lab_names"].iter_rows())

@@ -102,11 +102,43 @@ def test_a_note_as_mimic_writes_them():
         (":", None),
         ("A" * 500, None),
         ("病史：", None),
+        ("History of Present Illness (HPI): cough", "history of present illness"),
+        ("Medications upon Admission:", "medications upon admission"),
+        ("Major Surgical or Invasive Procedure: None", "major surgical or invasive procedure"),
+        ("Diagnosis: AML in his youth", None),
+        ("His course was long", None),
+        ("Hospital course was long", None),
     ],
 )
 def test_what_is_a_header(line, header):
     found = header_of(line)
     assert (found and found[0]) == header
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "DIAGNOSES:  1.",
+        "DIAGNOSIS:",
+        "IMPRESSION:",
+        "Discharge diagnosis:",
+        "Final diagnoses:\n",
+        "Primary and secondary diagnoses:",
+        "2. DISCHARGE DIAGNOSIS:",
+        "**FINAL DIAGNOSIS**\n",
+        "Hospital course:",
+        "HOSPITAL COURSE\n",
+        "1.  HOSPITAL COURSE:",
+        "[**Hospital 7**] COURSE:",
+        "Brief hospital course by problem:",
+        "SUMMARY OF HOSPITAL COURSE WITH PERTINENT LABORATORY DATA:",
+    ],
+)
+@pytest.mark.parametrize("headers", ["paper", "wide"])
+def test_what_names_the_labels_ends_a_section_however_it_is_written(header, headers):
+    """Old and dictated summaries number, star and shout their headers, or write them small."""
+    text = f"MEDICATIONS ON ADMISSION:  Aspirin.\n\n{header} Heart failure.\n"
+    assert kept_text(text, headers=headers) == "MEDICATIONS ON ADMISSION: Aspirin."
 
 
 @pytest.mark.parametrize(
@@ -138,6 +170,7 @@ def test_ten_megabytes_take_time_in_their_length_only(unit):
 
 
 def test_the_sentence_of_results_can_be_read_back():
+    """Sanity check 33."""
     results = [
         Result("Sodium", "128", "mEq/L"),
         Result("Calcium, Total", "7.1", "mg/dL"),
@@ -193,6 +226,78 @@ def test_the_shipped_lists_are_those_of_the_tasks():
     assert [FEMH_LABELS[k] for k in femh.of_codes(10, "I219")] == ["Heart disease"]
     assert [FEMH_LABELS[k] for k in femh.of_codes(10, "C509")] == ["Cancer"]
     assert [FEMH_LABELS[k] for k in femh.of_codes(9, "49390")] == ["Asthma"]
+    # A diagnosis has its group in either system.
+    pairs = (("24900", "E089"), ("07054", "B182"), ("07070", "B1920"), ("20936", "C4A9"))
+    for icd9, icd10 in (*pairs, ("4359", "G459"), ("1985", "C7951"), ("5180", "J9811")):
+        assert femh.of_codes(9, icd9) == femh.of_codes(10, icd10) != (), icd10
+
+
+QUAN = {
+    # Table 2 of Quan et al. (2005) as printed: enhanced ICD-9-CM, then ICD-10.
+    "Congestive heart failure": (
+        "398.91 402.01 402.11 402.91 404.01 404.03 404.11 404.13 404.91 404.93 425.4-425.5 "
+        "425.7-425.9 428",
+        "I09.9 I11.0 I13.0 I13.2 I25.5 I42.0 I42.5-I42.9 I43 I50 P29.0",
+    ),
+    "Cardiac arrhythmias": (
+        "426.0 426.10 426.12 426.13 426.7 426.9 427.0-427.4 427.6 427.8-427.9 785.0 996.01 996.04 "
+        "V45.0 V53.3",
+        "I44.1-I44.3 I45.6 I45.9 I47-I49 R00.0 R00.1 R00.8 T82.1 Z45.0 Z95.0",
+    ),
+    "Valvular disease": (
+        "093.2 394-397 424 746.3-746.6 V42.2 V43.3",
+        "A52.0 I05-I08 I09.1 I09.8 I34-I39 Q23.0-Q23.3 Z95.2-Z95.4",
+    ),
+    "Hypertension, uncomplicated": ("401", "I10"),
+    "Hypertension, complicated": ("402-405", "I11-I13 I15"),
+    "Other neurological disorders": (
+        "331.9 332.0 332.1 333.4 333.5 333.92 334-335 336.2 340 341 345 348.1 348.3 780.3 784.3",
+        "G10-G13 G20-G22 G25.4 G25.5 G31.2 G31.8 G31.9 G32 G35-G37 G40 G41 G93.1 G93.4 R47.0 R56",
+    ),
+    "Chronic pulmonary disease": (
+        "416.8 416.9 490-496 500-505 506.4 508.1 508.8",
+        "I27.8 I27.9 J40-J47 J60-J67 J68.4 J70.1 J70.3",
+    ),
+    "Diabetes w/o chronic complications": (
+        "250.0-250.3",
+        "E10.0 E10.1 E10.9 E11.0 E11.1 E11.9 E12.0 E12.1 E12.9 E13.0 E13.1 E13.9 E14.0 E14.1 E14.9",
+    ),
+    "Renal failure": (
+        "403.01 403.11 403.91 404.02 404.03 404.12 404.13 404.92 404.93 585 586 588.0 V42.0 V45.1 "
+        "V56",
+        "I12.0 I13.1 N18 N19 N25.0 Z49.0-Z49.2 Z94.0 Z99.2",
+    ),
+    "Fluid and electrolyte disorders": ("253.6 276", "E22.2 E86 E87"),
+}
+
+
+def printed(codes: str, version: int) -> set[tuple[int, str]]:
+    """The codes of a line of the table, ranges written out."""
+    found = set()
+    for entry in codes.replace(".", "").split():
+        first, _, last = entry.partition("-")
+        letter = first[0] if first[0].isalpha() else ""
+        numbers = range(int(first[len(letter) :]), int((last or first)[len(letter) :]) + 1)
+        width = len(first) - len(letter)
+        found |= {(version, f"{letter}{number:0{width}d}") for number in numbers}
+    return found
+
+
+@pytest.mark.parametrize("label", ELIXHAUSER_LABELS)
+def test_every_code_of_the_published_table_is_listed_and_no_other(label):
+    lists = shipped("elixhauser")
+    assert QUAN.keys() == set(ELIXHAUSER_LABELS)
+    icd9, icd10 = QUAN[label]
+    expected = printed(icd9, 9) | printed(icd10, 10)
+    assert set(lists.prefixes[ELIXHAUSER_LABELS.index(label)]) == expected
+
+
+def test_the_ten_groups_are_those_that_the_paper_names_in_its_order():
+    named = (
+        "Hypertension, Diabetes, Heart disease, Cancer, Cerebrovascular disease, Kidney disease, "
+        "Liver disease, Asthma, Hyperlipidemia, Lung disease"
+    )
+    assert ", ".join(shipped("femh").labels) == named
 
 
 @pytest.mark.parametrize(
@@ -209,6 +314,14 @@ def test_the_shipped_lists_are_those_of_the_tasks():
         ("labels:\n  A: {icd9: ['401']}\nextra: 1", "unknown key 'extra'"),
         ("labels:\n  A: {icd9: ['401']}\nhierarchy:\n  B: {icd9: ['402']}", "no label of the file"),
         ("labels: [", "not readable as YAML"),
+        ("labels:\n  A: {icd9: ['401']}\n  A: {icd9: ['402']}", "'A' stands twice.* line 3"),
+        ("labels:\n  A: {icd9: ['401'], icd9: ['402']}", "'icd9' stands twice"),
+        ("labels:\n  1: {icd9: ['401']}\n  '1': {icd9: ['402']}", "1 is no text; put it in quotes"),
+        ("labels:\n  no: {icd9: ['401']}", "False is no text; put it in quotes"),
+        ("labels:\n  '  ': {icd9: ['401']}", "a label without a name"),
+        ("labels:\n  A: {icd9: ['401']}\nhierarchy: []", "hierarchy: give a mapping"),
+        ("labels:\n  A: {icd9: ['I50']}", "'I50' is no code of icd9, whose codes begin with"),
+        ("labels:\n  A: {icd10: ['4280']}", "'4280' is no code of icd10, whose codes begin with"),
     ],
 )
 def test_a_label_file_with_a_fault_is_refused(tmp_path, body, needle):
@@ -217,6 +330,15 @@ def test_a_label_file_with_a_fault_is_refused(tmp_path, body, needle):
     with pytest.raises(InputError, match=needle) as caught:
         load_code_lists(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_code_may_stand_in_two_labels_and_twice_in_one(tmp_path):
+    path = tmp_path / "labels.yaml"
+    path.write_text("labels:\n  A: {icd9: ['4280', '428']}\n  B: {icd9: ['428.0'], icd10: ['I50']}")
+    lists = load_code_lists(path)
+    assert lists.of_codes(9, "4280") == (0, 1)
+    assert lists.of_codes(9, "4281") == (0,)
+    assert lists.of_codes(10, "I509") == (1,)
 
 
 def test_a_missing_label_file_names_its_switch(tmp_path):

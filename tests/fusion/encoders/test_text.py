@@ -122,7 +122,7 @@ def test_a_bfloat16_base_has_float32_adapters_and_the_same_meaning(bases):
 
 @pytest.mark.parametrize("length", [64, 256])
 def test_padding_to_any_length_is_the_same(bases, length):
-    """METHODS' sanity check 34, in bf16: the same text beside a longer one."""
+    """Sanity check 34, in bf16: the same text beside a longer one."""
     made = encoder(bases["llama"], adapter="lora", base_precision="bf16", max_length=length)
     short = made.tokens("chest pain", "")
     long = made.tokens("edema " * 300, "")
@@ -171,7 +171,14 @@ def test_a_backbone_in_several_files_without_a_head(bases, tmp_path):
     made, parts = encoder(bases["bert"]), encoder(folder)
     assert torch.equal(made(texts(made)), parts(texts(parts)))
     assert made.base.sha256() != parts.base.sha256()
-    next(folder.glob("*.safetensors")).unlink()
+    torn, *_, lost = sorted(folder.glob("*.safetensors"))
+    content = torn.read_bytes()
+    for spoiled in (content[:100], content[:-1], b""):
+        torn.write_bytes(spoiled)
+        with pytest.raises(InputError, match=rf"{torn.name}: no safetensors file.*download it"):
+            encoder(folder)
+    torn.write_bytes(content)
+    lost.unlink()
     with pytest.raises(InputError, match=r"model-0000\d.*missing, but"):
         encoder(folder)
 
@@ -243,6 +250,14 @@ def test_a_model_of_the_hub_comes_from_its_cache(bases, tmp_path, monkeypatch):
     made = encoder("some/llama")
     assert made.base.revision == commit
     assert torch.equal(made(texts(made)), encoder(bases["llama"])(texts(made)))
+
+
+def test_a_folder_is_named_from_the_root(bases, monkeypatch):
+    """Workers run in folders of their own; what is no folder is a name of the hub."""
+    monkeypatch.chdir(bases["llama"].parent)
+    name = bases["llama"].name
+    assert TextOptions(backbone=name).backbone == str(bases["llama"])
+    assert TextOptions(backbone="some/llama").backbone == "some/llama"
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_the_note_is_cut_before_the_results_and_keeps_its_head(tokenizer):
 
 @pytest.mark.parametrize("length", [40, 64, 96, 120])
 def test_results_that_do_not_fit_are_cut_by_whole_entries(tokenizer, length):
-    """METHODS' sanity check 33: truncation keeps at least one result."""
+    """Sanity check 33: truncation keeps at least one result."""
     made = tokenizer(length)
     tokens = made.encode(NOTE * 20, LABS * 4 if length > 100 else LABS)
     text = decoded(made, tokens)

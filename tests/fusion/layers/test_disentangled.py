@@ -95,6 +95,7 @@ def test_it_is_the_formulas_row_by_row(build, vectors, options):
 
 
 def test_patients_are_not_mixed(build, vectors):
+    """Sanity check 31."""
     model, order = build(layers=2), torch.tensor([2, 0, 1])
     swapped = model(*(vector[order] for vector in vectors))
     for found, expected in zip(swapped, model(*vectors), strict=True):
@@ -103,6 +104,7 @@ def test_patients_are_not_mixed(build, vectors):
 
 @pytest.mark.parametrize("changed", [0, 1])
 def test_what_is_common_depends_on_both_and_what_is_specific_on_one(build, vectors, changed):
+    """Sanity check 31."""
     model = build(layers=2)
     before = model(*vectors)
     other = list(vectors)

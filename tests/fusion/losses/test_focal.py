@@ -26,7 +26,7 @@ def test_it_is_the_papers(gamma, alpha):
 
 
 def test_gamma_zero_is_cross_entropy():
-    """METHODS' sanity check 32."""
+    """Sanity check 32."""
     logits, targets = torch.randn(40, 5) * 4, (torch.rand(40, 5) < 0.5).float()
     torch.testing.assert_close(focal_by_class(logits, targets, 0.0), bce_by_class(logits, targets))
 

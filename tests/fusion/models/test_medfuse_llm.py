@@ -62,6 +62,7 @@ def test_each_phase_moves_its_own_parameters_only(build, make_batch):
 def test_theta_gets_no_gradient_from_the_network_s_loss_nor_the_network_from_theta_s(
     build, make_batch
 ):
+    """Sanity check 30."""
     model, batch = build(NAME), make_batch(rows=6)
     critic, network = model.phases
     for phase, own in ((critic, True), (network, False)):
@@ -107,7 +108,7 @@ def test_the_bound_does_not_shrink_with_the_scale_of_what_is_shared(build, make_
 
 
 def test_lambda_0_is_the_run_without_an_mi_loss_bit_for_bit(build, make_batch):
-    """The other run has a critic and trains it; its network minimises the focal loss alone."""
+    """Sanity check 32: the other run trains a critic, its network the focal loss alone."""
     batch = make_batch(rows=6)
     zero = train(build(NAME, mi_weight=0.0, dropout=0.0), batch, 4)
     without = build(NAME, dropout=0.0)

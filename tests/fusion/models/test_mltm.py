@@ -71,6 +71,7 @@ def test_of_all_columns_it_keeps_a_quarter_from_the_observed(mltm, make_batch, c
 @pytest.mark.parametrize("reading", ["observed", "all"])
 @pytest.mark.parametrize("garbage", [1e9, float("nan")])
 def test_missing_values_reach_neither_encoder_nor_loss(mltm, make_batch, reading, garbage):
+    """Sanity check 26."""
     batch = random_table(make_batch)
     spoiled = replace(batch, labs=torch.where(batch.labs_observed, batch.labs, garbage))
     results = []
