@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 BIN = Path(sys.executable).parent
 START_S = 180
+# It repeats the workers' output to drivers, which never ask for it (`log_to_driver` is off).
+NO_LOG_MONITOR = ["--include-log-monitor=False"]
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
@@ -170,7 +172,7 @@ class Head:
         """Join a further node to the cluster."""
         number = len(self.nodes)
         command = ["start", f"--address={self.gcs}", "--block", f"--num-cpus={num_cpus}"]
-        command += [f"--object-store-memory={80 * 2**20}"]
+        command += [f"--object-store-memory={80 * 2**20}", *NO_LOG_MONITOR]
         log = self.folder / f"node-{number}.log"
         self.nodes.append(_ray(command, self.environment, log))
         deadline = time.monotonic() + START_S
@@ -252,6 +254,7 @@ def _head(*, num_cpus: int) -> Iterator[Head]:
         command += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
         command += [f"--temp-dir={folder / 'r'}", f"--object-store-memory={128 * 2**20}"]
+        command += NO_LOG_MONITOR
         process = _ray(command, environment, folder / "head.log")
         head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", environment, folder)
         try:
