@@ -137,10 +137,12 @@ class Head:
     folder: Path
     nodes: list[subprocess.Popen[str]] = field(default_factory=list)
 
-    def rayfuse(self, *words: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
+    def rayfuse(
+        self, *words: str, timeout: float = 900, **variables: str | None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
         with self.started(*words, **variables) as process:
-            out, err = process.communicate(timeout=900)
+            out, err = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     def started(
@@ -247,6 +249,8 @@ def _head(*, num_cpus: int) -> Iterator[Head]:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # A node that is gone is waited for so long, before what is there is counted anew.
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
             "OMP_NUM_THREADS": "1",
         }
         environment.pop("RAY_ADDRESS", None)
