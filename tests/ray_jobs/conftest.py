@@ -213,7 +213,8 @@ def _end(process: subprocess.Popen[str]) -> None:
         return
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=15)
+    # A head that has lost a node waits for it beyond any patience.
+    _, alive = psutil.wait_procs(family, timeout=5)
     for one in alive:
         one.kill()
     process.wait(timeout=30)
