@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 BY_ITSELF = "went on by itself"
 COMMAND = "stopped; the same command went on"
 PACE_S = 0.25
-HANG_S = 45.0
+HANG_S = 20.0
 NOTICE_S = 120.0
 START_S = 300.0
 

@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ray_jobs.runs import RunFolder
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -30,7 +32,8 @@ class Disturbance:
     """Given each worker's session before it trains.
 
     Attributes:
-        pace: Seconds that every step takes at least, so that a fault meets a run under way.
+        pace: Seconds that every step takes at least, so that a fault meets a run under way; those
+            of workers that start again are not held up.
         nan_at: Updates after which a batch of NaN comes.
         full_disk_at: Updates after which no file may grow, as on a full disk.
     """
@@ -44,11 +47,13 @@ class Disturbance:
         if self.nan_at is not None:
             session.train = Poisoned(session.train, session, self.nan_at)
         beat = session.beat
+        attempts = list(RunFolder(session.folder).metrics.glob("attempt-*"))
+        pace = self.pace if len(attempts) == 1 else 0.0
 
         def disturbed(stage: Any, progress: Progress) -> None:
             beat(stage, progress)
             if stage == "step":
-                time.sleep(self.pace)
+                time.sleep(pace)
             full = self.full_disk_at is not None and progress.updates >= self.full_disk_at
             if stage == "checkpoint" and full:
                 _, most = resource.getrlimit(resource.RLIMIT_FSIZE)

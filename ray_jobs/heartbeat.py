@@ -157,7 +157,7 @@ class Ledger:
         self._moved = now
         self._pending: Loss | None = None
         self._fault: str | None = None
-        self._controller: Any = None
+        self._controller: list[Any] = []
 
     def hear(self, group: str, beat: Beat) -> None:
         """Take note of a worker's beat."""
@@ -211,13 +211,16 @@ class Ledger:
             len(self._groups),
         )
 
-    def control(self, controller: Any) -> None:
-        """Keep the handle of Ray's controller, by which a run is ended."""
+    def control(self, controller: list[Any]) -> None:
+        """Keep a reference to the handle of Ray's controller, by which a run is ended.
+
+        It comes in a list, so that Ray does not fetch it: the handle alone imports Ray Train.
+        """
         self._controller = controller
 
     def controller(self) -> list[Any]:
-        """That handle, if there is one yet."""
-        return [] if self._controller is None else [self._controller]
+        """That reference, if there is one yet."""
+        return self._controller
 
 
 class Pulse:
@@ -259,12 +262,13 @@ class Pulse:
     def abort(self) -> None:
         """End Ray's controller and, with it, its workers."""
         import ray
-        from ray.exceptions import GetTimeoutError, RayActorError
+        from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
         try:
-            controllers = ray.get(self.ledger.controller.remote(), timeout=ANSWER_S)
-        except (GetTimeoutError, RayActorError):
-            return  # without its driver, Ray ends them too
+            references = ray.get(self.ledger.controller.remote(), timeout=ANSWER_S)
+            controllers = ray.get(references, timeout=ANSWER_S)
+        except (GetTimeoutError, ObjectLostError, RayActorError):
+            return  # it is gone already; without its driver, Ray ends its workers too
         for controller in controllers:
             try:
                 ray.get(controller.abort.remote(), timeout=ANSWER_S)

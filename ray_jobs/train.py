@@ -228,9 +228,8 @@ def _trainer(
     observer: Observer,
 ) -> Any:
     from ray import train
-    from ray.train.torch import TorchTrainer
 
-    from ray_jobs.witness import Witness
+    from ray_jobs.witness import Trainer, Witness
 
     scaling = config.scaling
     elastic = (
@@ -238,7 +237,7 @@ def _trainer(
         if scaling.least == scaling.most
         else {"elastic_resize_monitor_interval_s": scaling.resize_every_s}
     )
-    return TorchTrainer(
+    return Trainer(
         train_loop_per_worker,
         train_loop_config={
             "config": supervise.absolute_paths(config.model_dump()),

@@ -1,6 +1,7 @@
 """Inside Ray Train's controller: tells the ledger why workers are given up, and who controls them.
 
-`ControllerCallback` is Ray's developer API: the one place that knows of losses and of resizing.
+`ControllerCallback` is Ray's developer API: the one place that knows of losses and of resizing. So
+is the list of callbacks that a trainer gives its controller.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
@@ -16,6 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 LINE = 200
+
+
+class Trainer(TorchTrainer):
+    """Ray's, without the process that hands out Ray Datasets to each group of workers: none."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        made = super()._create_default_callbacks()
+        return [each for each in made if not isinstance(each, DatasetsCallback)]
 
 
 class Witness(ControllerCallback):
@@ -27,7 +38,8 @@ class Witness(ControllerCallback):
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Give the driver a handle to end the run by."""
-        self._ledger.control.remote(ray.get_runtime_context().current_actor)
+        handle = ray.put(ray.get_runtime_context().current_actor)
+        self._ledger.control.remote([handle])
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Note why the controller starts the workers again."""

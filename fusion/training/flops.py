@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fusion.planning.dry import Rows, dry_step
 from fusion.training.optim import OptimConfig
 
 if TYPE_CHECKING:
@@ -62,6 +61,7 @@ def count_flops(
     Raises:
         InputError: The model's shapes depend on the values of its input.
     """
+    from fusion.planning.dry import Rows, dry_step  # seconds that most workers never need
 
     def count(rows: int, length: int, images: int) -> float:
         shape = Rows((length,) * rows, images, image_size)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 BIN = Path(sys.executable).parent
 START_S = 180
+# It repeats the workers' output to drivers, which never ask for it (`log_to_driver` is off).
+NO_LOG_MONITOR = ["--include-log-monitor=False"]
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
@@ -135,10 +137,12 @@ class Head:
     folder: Path
     nodes: list[subprocess.Popen[str]] = field(default_factory=list)
 
-    def rayfuse(self, *words: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
+    def rayfuse(
+        self, *words: str, timeout: float = 900, **variables: str | None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
         with self.started(*words, **variables) as process:
-            out, err = process.communicate(timeout=900)
+            out, err = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     def started(
@@ -170,7 +174,7 @@ class Head:
         """Join a further node to the cluster."""
         number = len(self.nodes)
         command = ["start", f"--address={self.gcs}", "--block", f"--num-cpus={num_cpus}"]
-        command += [f"--object-store-memory={80 * 2**20}"]
+        command += [f"--object-store-memory={80 * 2**20}", *NO_LOG_MONITOR]
         log = self.folder / f"node-{number}.log"
         self.nodes.append(_ray(command, self.environment, log))
         deadline = time.monotonic() + START_S
@@ -209,7 +213,8 @@ def _end(process: subprocess.Popen[str]) -> None:
         return
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=15)
+    # A head that has lost a node waits for it beyond any patience.
+    _, alive = psutil.wait_procs(family, timeout=5)
     for one in alive:
         one.kill()
     process.wait(timeout=30)
@@ -245,6 +250,8 @@ def _head(*, num_cpus: int) -> Iterator[Head]:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # A node that is gone is waited for so long, before what is there is counted anew.
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
             "OMP_NUM_THREADS": "1",
         }
         environment.pop("RAY_ADDRESS", None)
@@ -252,6 +259,7 @@ def _head(*, num_cpus: int) -> Iterator[Head]:
         command += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
         command += [f"--temp-dir={folder / 'r'}", f"--object-store-memory={128 * 2**20}"]
+        command += NO_LOG_MONITOR
         process = _ray(command, environment, folder / "head.log")
         head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", environment, folder)
         try:

@@ -9,12 +9,15 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     Rows = dict[str, dict[str, str]]
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 COLUMNS = ("fault", "ended", "cause", "attempts", "replayed", "seconds", "difference")
+STOPPED = ("hang", "nan", "shard", "disk", "driver", "sigterm")
+GONE_ON = ("worker", "torn", "drain", "node")
+# As they are done: those that take a node come last.
+FAULTS = ["worker", "torn", *STOPPED, "drain", "node"]
 BY_ITSELF, COMMAND = "went on by itself", "stopped; the same command went on"
 
 
@@ -29,23 +32,25 @@ def _rows(page: str) -> Rows:
     return found
 
 
-def _chaos(
-    start_head: Callable, folder: Path, faults: str, nodes: int
-) -> dict[str, dict[str, str]]:
+@pytest.fixture(scope="module")
+def rows(start_head: Callable, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """One command, and so one undisturbed run, on four nodes: a lost one leaves enough."""
+    folder = tmp_path_factory.mktemp("chaos")
     page = folder / "page.md"
     with start_head(num_cpus=1) as head:
-        for _ in range(nodes - 1):
+        for _ in range(3):
             head.add_node()
         words = ["chaos", "--address", head.gcs, "--folder", str(folder / "chaos")]
-        done = head.rayfuse(*words, "--faults", faults, "--out", str(page))
+        words += ["--faults", ",".join((*GONE_ON, *STOPPED)), "--out", str(page)]
+        done = head.rayfuse(*words, timeout=1800)
         assert done.returncode == 0, done.stderr[-4000:]
-    return _rows(page.read_text(encoding="utf-8"))
+    found = _rows(page.read_text(encoding="utf-8"))
+    assert list(found) == FAULTS
+    return found
 
 
-def test_what_is_lost_is_gone_on_without(start_head: Callable, tmp_path: Path) -> None:
-    rows = _chaos(start_head, tmp_path, "worker,torn,drain,node", nodes=4)
-    assert list(rows) == ["worker", "torn", "drain", "node"]
-    for row in rows.values():
+def test_what_is_lost_is_gone_on_without(rows: Rows) -> None:
+    for row in (rows[fault] for fault in GONE_ON):
         assert row["ended"] == BY_ITSELF, row
         assert row["difference"] == "0", row
         assert int(row["attempts"]) == 2, row
@@ -59,12 +64,8 @@ def test_what_is_lost_is_gone_on_without(start_head: Callable, tmp_path: Path) -
     assert int(rows["drain"]["replayed"]) == 0, "it wrote a checkpoint first"
 
 
-def test_what_stops_a_run_is_named_and_the_same_command_goes_on(
-    start_head: Callable, tmp_path: Path
-) -> None:
-    rows = _chaos(start_head, tmp_path, "hang,nan,shard,disk,driver,sigterm", nodes=2)
-    assert list(rows) == ["hang", "nan", "shard", "disk", "driver", "sigterm"]
-    for row in rows.values():
+def test_what_stops_a_run_is_named_and_the_same_command_goes_on(rows: Rows) -> None:
+    for row in (rows[fault] for fault in STOPPED):
         assert row["ended"] == COMMAND, row
         assert row["difference"] == "0", row
         assert int(row["attempts"]) >= 2, row

@@ -1,4 +1,7 @@
-"""`num_workers: [1, 2]` on real nodes: one is lost, another joins, and the losses stay the same."""
+"""`num_workers: [1, 2]` on real nodes: one is lost, another joins, and the losses stay the same.
+
+The same as those of one process without Ray, that is.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fusion.training import metrics_log
+from fusion.training import loop, metrics_log
+from fusion.training.strategy import Single
 from ray_jobs import config as run_config
-from ray_jobs import train
+from ray_jobs import session, train
 from ray_jobs.config import RunConfig
+from ray_jobs.runs import RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +96,6 @@ def _until(holds: Callable[[], bool], process: Any) -> None:
         time.sleep(0.5)
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_a_run_shrinks_and_grows_with_the_cluster(
     start_head: Callable[..., Any], config: RunConfig, tmp_path: Path
 ) -> None:
@@ -106,9 +110,10 @@ def test_a_run_shrinks_and_grows_with_the_cluster(
             grown.touch()
             _, said = driver.communicate(timeout=BEFORE_S)
             assert driver.returncode == 0, said[-4000:]
-    scaling = config.scaling.model_copy(update={"num_workers": 1})
-    fixed = config.model_copy(update={"name": "fixed", "scaling": scaling})
-    train.run(fixed)
+    fixed = config.model_copy(update={"name": "fixed"})
+    opened = session.open_session(fixed, RunFolder(fixed.folder), Single(), train.STOP)
+    assert loop.fit(opened) == "epochs"
+    opened.log.close()
     assert [start["world"] for start in _events(config, "start")] == [2, 1, 2]
     assert [start["world"] for start in _events(fixed, "start")] == [1]
     shrunk, regrown = _events(config, "recovered")
