@@ -192,7 +192,8 @@ def train_step(
         MicroBatch(part.batch.to(strategy.device, non_blocking=True), part.weight)
         for part in cut(share, own, session.filler)
     ]
-    for number, phase in enumerate(strategy.model.phases):
+    phases = strategy.model.phases
+    for number, phase in enumerate(phases):
         for _ in range(phase.repeats):
             strategy.model.zero_grad(set_to_none=True)
             losses = []
@@ -205,7 +206,8 @@ def train_step(
             norm = strategy.clip(number, settings.optim.clip_norm)
             _require_finite(session, parts, torch.stack(losses), norm)
             strategy.step(number)
-            session.meter.add("loss", torch.stack(losses).sum(), torch.ones_like(norm))
+            if phase is phases[-1]:  # earlier ones, as a critic's, have losses of other kinds
+                session.meter.add("loss", torch.stack(losses).sum(), torch.ones_like(norm))
 
 
 def evaluate_model(session: Session, stream: BatchStream) -> Predictions:

@@ -143,3 +143,14 @@ def train_jobs():
         return outcomes
 
     return run
+
+
+@pytest.fixture(scope="session")
+def train_named(train_jobs, tmp_path_factory):
+    """A function from named jobs to named outcomes."""
+
+    def run(jobs):
+        done = train_jobs(tmp_path_factory.mktemp("jobs"), list(jobs.values()))
+        return dict(zip(jobs, done, strict=True))
+
+    return run

@@ -48,23 +48,12 @@ def job(harness, bases, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(train_jobs, tmp_path_factory):
-    """A function from named jobs to named outcomes."""
-
-    def run_all(jobs):
-        done = train_jobs(tmp_path_factory.mktemp("jobs"), list(jobs.values()))
-        return dict(zip(jobs, done, strict=True))
-
-    return run_all
-
-
-@pytest.fixture(scope="module")
-def outcomes(job, run):
+def outcomes(job, train_named):
     jobs = {name: job(name, name) for name in ("single", "ddp-2")}
     jobs["text"] = job("text", model="note_llm", optim={"lr": 1e-2}, train={"epochs": 1})
     sources = {"text": jobs["text"].folder, "labs": jobs["single"].folder}
     jobs["frozen"] = job("frozen", init_from=sources, optim=FROZEN, train={"epochs": 5})
-    return run(jobs)
+    return train_named(jobs)
 
 
 def comparable(name, value):
@@ -94,9 +83,17 @@ def test_two_workers_train_as_one_does(outcomes):
     assert curve[-1] < curve[0]
 
 
+def test_the_loss_that_is_shown_is_the_network_s(outcomes):
+    """A critic's likelihood is a loss of another kind, and far larger."""
+    focal, bound = (
+        np.array(outcomes["single"].curve(f"all/{name}")) for name in ("focal", "vclub")
+    )
+    np.testing.assert_allclose(outcomes["single"].curve(), focal + 0.1 * bound, rtol=1e-5)
+
+
 @pytest.mark.slow
-def test_every_strategy_trains_alike(outcomes, job, run):
-    others = run({name: job(name, name) for name in STRATEGIES if name != "ddp-2"})
+def test_every_strategy_trains_alike(outcomes, job, train_named):
+    others = train_named({name: job(name, name) for name in STRATEGIES if name != "ddp-2"})
     for outcome in others.values():
         assert_same(outcome, outcomes["single"])
 

@@ -64,26 +64,15 @@ def job(harness, bases, tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module")
-def run(train_jobs, tmp_path_factory):
-    """A function from named jobs to named outcomes."""
-
-    def run_all(jobs):
-        done = train_jobs(tmp_path_factory.mktemp("jobs"), list(jobs.values()))
-        return dict(zip(jobs, done, strict=True))
-
-    return run_all
-
-
 PACKED = {"layout": "packed"}
 BERT = {"adapter": "full"}
 
 
 @pytest.fixture(scope="module")
-def outcomes(job, run):
+def outcomes(job, train_named):
     """One worker, padded; two workers that shard everything, packed, stopped in between."""
     name = "packed-zero3-2"
-    return run(
+    return train_named(
         {
             "single": job("single"),
             f"{name}-stopped": job(
@@ -95,7 +84,7 @@ def outcomes(job, run):
 
 
 @pytest.fixture(scope="module")
-def others(job, run, large):
+def others(job, train_named, large):
     jobs = {
         "whole": job("whole", train={"epochs": 2, "tokens_per_pass": None}),
         "bert": job("bert", "bert", options=BERT),
@@ -112,7 +101,7 @@ def others(job, run, large):
     options = {"backbone": str(large), "base_precision": "bf16"}
     for name in ("zero3-2", "ddp-2"):
         jobs[f"large-{name}"] = job(f"large-{name}", strategy=name, options=options, measure=True)
-    return run(jobs)
+    return train_named(jobs)
 
 
 def assert_same(several, single, before=()):
