@@ -5,10 +5,11 @@ What stays frozen as it came is not written into checkpoints: they name its sour
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
 from fusion import adapters
+from fusion.encoders.text_adapters import is_adapter
 from fusion.hashed import digest
 from fusion.training.checkpoint import Base, read_weights
 from fusion.training.optim import matches
@@ -43,7 +44,7 @@ def initial_weights(
 
     Raises:
         InputError: A source cannot be read, or lacks a name, or has it in another shape, or was
-            trained on another base.
+            trained on another base, or its adapters are of another form or scale.
     """
     weights: dict[str, Tensor] = {}
     for prefix, source in sources.items():
@@ -55,7 +56,9 @@ def initial_weights(
             )
         if adapters.is_written(source):
             _refuse_adapter(source, wanted, referenced or {}, reader)
-        found = _read(source, referenced or {})
+        found, meta = _read(source, referenced or {})
+        if reader is not None and any(is_adapter(name) for name in wanted):
+            _refuse_other_scale(source, meta, reader[0])
         for name in wanted:
             weights[name] = _matching(found, name, shapes[name], f"init_from.{prefix}: {source}")
     return weights
@@ -73,6 +76,20 @@ def _refuse_adapter(
     headed = any(name.startswith("head.") for name in wanted)
     base = referenced.get("text")
     adapters.refuse_unfit(folder, text, labels if headed else None, base.sha256 if base else None)
+
+
+def _refuse_other_scale(run: Path, meta: Mapping[str, Any], text: TextEncoder) -> None:
+    """Refuse a run's adapters whose output this model would scale in another way."""
+    held = meta.get("config", {}).get("model", {})
+    for setting in ("alpha", "adapter"):
+        then, now = held.get(setting), getattr(text.options, setting)
+        # lora's output and qlora's are scaled alike.
+        alike = setting == "adapter" and (then == "rslora") == (now == "rslora")
+        if then is not None and then != now and not alike:
+            raise InputError(
+                f"init_from: {run} has adapters of model.{setting}={then}, but here it is {now}; "
+                f"set model.{setting}={then}"
+            )
 
 
 def frozen_base(
@@ -118,7 +135,7 @@ def read_base(bases: Mapping[str, Base], sources: Mapping[str, Path]) -> dict[st
                 f"parameters to it; set it to {base.source}"
             )
         where = f"init_from.{prefix}: {sources[prefix]}"
-        found = _read(sources[prefix])
+        found, _ = _read(sources[prefix])
         if missing := [name for name in base.names if name not in found]:
             raise InputError(f"{where} has no {missing[0]!r}, which the checkpoint leaves to it")
         kept = {name: found[name] for name in base.names}
@@ -131,9 +148,12 @@ def read_base(bases: Mapping[str, Base], sources: Mapping[str, Path]) -> dict[st
     return weights
 
 
-def _read(source: Path, referenced: Mapping[str, Base] | None = None) -> dict[str, Tensor]:
+def _read(
+    source: Path, referenced: Mapping[str, Base] | None = None
+) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Weights, and the meta.json of a run's."""
     if adapters.is_written(source):
-        return adapters.stored_weights(source)
+        return adapters.stored_weights(source), {}
     if source.is_dir():
         best = source / "best" if (source / "best").is_dir() else source
         weights, meta = read_weights(best)
@@ -141,10 +161,10 @@ def _read(source: Path, referenced: Mapping[str, Base] | None = None) -> dict[st
             if referenced is not None:
                 here = referenced.get(prefix)
                 refuse_other_base(prefix, stored, here.sha256 if here else None)
-        return weights
+        return weights, meta
     if not source.is_file():
         raise InputError(f"init_from: {source} does not exist; give a run folder or weights file")
-    return read_state(source)
+    return read_state(source), {}
 
 
 def _matching(found: Mapping[str, Tensor], name: str, shape: torch.Size, where: str) -> Tensor:

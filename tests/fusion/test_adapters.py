@@ -14,7 +14,7 @@ from data.errors import InputError
 from data.tasks import TaskSpec
 from fusion import registry
 from fusion.adapters import read_adapter, write_adapter
-from fusion.training.checkpoint import Base
+from fusion.training.checkpoint import Base, write_weights
 from fusion.training.initialise import initial_weights
 
 LABELS = ("Heart failure", "Renal failure", "None of them")
@@ -162,6 +162,21 @@ def test_a_run_refuses_an_adapter_that_does_not_fit(trained, make_base, tmp_path
         begun(trained(alpha=8), tmp_path, prefix="text")
     with pytest.raises(InputError, match="is an adapter, but the model reads no text"):
         initial_weights({"head.weight": torch.Size([3])}, {"": tmp_path})
+
+
+@pytest.mark.parametrize(
+    ("options", "setting"),
+    [({"alpha": 8}, r"model\.alpha=8"), ({"adapter": "rslora"}, r"model\.adapter=rslora")],
+)
+def test_a_run_refuses_a_run_s_adapters_of_another_scale(trained, tmp_path, options, setting):
+    """The shapes are the same, the function is not."""
+    model = trained(**options)
+    config = {"model": model.text.options.model_dump(mode="json")}
+    write_weights(tmp_path, model, {"selected": "best", "config": config})
+    assert begun(model, tmp_path).keys() == state(model).keys()
+    with pytest.raises(InputError, match=f"has adapters of {setting}.*; set {setting}"):
+        begun(trained(), tmp_path, prefix="text")
+    assert begun(trained(), tmp_path, prefix="head").keys() == {"head.weight"}
 
 
 def test_what_lacks_adapters_is_not_written(trained, tmp_path):
