@@ -7,7 +7,7 @@ auxiliary losses; the loop (fusion/training/loop.py) weighs, sums, distributes a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -69,12 +69,21 @@ class Phase:
         parameters: Prefixes of parameter names it updates; () is all of them.
         terms: Names of the terms it minimises; "task" is the task's loss; () is all of them.
         repeats: Updates per step.
+        rising: Terms whose weight rises in a line from 0 -> epochs it takes; 0 is at once.
+        shares: What a step takes of terms' weights, where it is not all; see `at`.
     """
 
     name: str = "all"
     parameters: tuple[str, ...] = ()
     terms: tuple[str, ...] = ()
     repeats: int = 1
+    rising: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    def at(self, epochs: float) -> Phase:
+        """This phase in the step that ends so many epochs, and parts of one, after the first."""
+        rising = {name: epochs / takes for name, takes in self.rising.items() if epochs < takes}
+        return replace(self, shares=rising)
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,8 @@ class MedFuseLLM(ReadsText, name="medfuse_llm"):
         """Keep each token itself beside the outer product."""
         mi_weight: float = Field(default=0.1, ge=0, le=1)
         """Lambda; at 0 no pass asks the critic, and no phase trains it."""
+        mi_warmup: float = Field(default=1.0, ge=0)
+        """Epochs in which lambda rises from 0, while the critic learns what it is asked."""
         mi_update: Literal["alternating", "joint", "printed"] = "alternating"
         """`alternating`: the critic has its own updates before the network's, each with a pass of
         its own. `joint`: both in one pass, each minimising its own. `printed`: one sum of all, as
@@ -197,9 +199,11 @@ class MedFuseLLM(ReadsText, name="medfuse_llm"):
         network = tuple(name for name, _ in self.named_children() if name != "critic")
         if not self.config.weighs_information:
             return (Phase(parameters=network, terms=objective),)
+        weighed = ("vclub", "nll") if self.config.mi_update == "printed" else ("vclub",)
+        rising = dict.fromkeys(weighed, self.config.mi_warmup)
         if self.config.mi_update != "alternating":
-            return (Phase(terms=(*objective, "vclub", "nll")),)
+            return (Phase(terms=(*objective, "vclub", "nll"), rising=rising),)
         return (
             Phase("critic", ("critic",), ("nll",), repeats=self.config.critic_updates),
-            Phase("all", network, (*objective, "vclub")),
+            Phase("all", network, (*objective, "vclub"), rising=rising),
         )

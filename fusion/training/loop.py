@@ -192,7 +192,8 @@ def train_step(
         MicroBatch(part.batch.to(strategy.device, non_blocking=True), part.weight)
         for part in cut(share, own, session.filler)
     ]
-    phases = strategy.model.phases
+    ended = session.progress.epoch + (session.progress.step + 1) / _steps(session)
+    phases = [phase.at(ended) for phase in strategy.model.phases]
     for number, phase in enumerate(phases):
         for _ in range(phase.repeats):
             strategy.model.zero_grad(set_to_none=True)

@@ -145,7 +145,7 @@ class Objective(nn.Module):
         Args:
             micro: Rows on the model's device.
             counts: The step's census over all workers.
-            phase: Which terms to minimise.
+            phase: Which terms to minimise, and what share of their weights.
 
         Returns:
             The loss, a scalar whose sum over workers and micro-batches is the step's, and for
@@ -164,7 +164,8 @@ class Objective(nn.Module):
             term = terms[name]
             total = term.sum.float() * micro.weight
             rows = self._number(name, term, counts)
-            loss = loss + term.scale * total / rows.clamp(min=1).float()
+            scale = term.scale * phase.shares.get(name, 1.0)
+            loss = loss + scale * total / rows.clamp(min=1).float()
             sums[name] = (total.detach(), rows)
         return loss, sums
 
