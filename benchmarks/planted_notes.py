@@ -62,7 +62,7 @@ FROZEN: dict[str, Any] = {
     "from": {"text": "notes", "labs": "labs"},
     "group_lr": {"text": 0.0, "labs": 0.0},
 }  # fmt: skip
-LAMBDAS = (0.0, 0.1, 1.0)
+LAMBDAS = (0.0, 0.01, 0.1, 1.0)
 NOTES = {"name": "note_llm", "text": "notes", **READS}
 MODELS: dict[str, dict[str, Any]] = {
     "mltm": {
