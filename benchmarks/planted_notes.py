@@ -77,7 +77,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "concat": {**FROZEN, "model": {**FUSED, "fusion": "concat"}},
     **{
         f"full-{weight:g}": {
-            **FROZEN, "model": {**FUSED, "mi_weight": weight, "mi_update": "joint"},
+            **FROZEN, "model": {**FUSED, "mi_weight": weight},
             "group_lr": {**FROZEN["group_lr"], "critic": 3e-3},
         }
         for weight in LAMBDAS
