@@ -100,6 +100,7 @@ class TaskSpec:
         modalities: What a sample may hold; the first one it must hold.
         label_types: Acute, mixed or chronic for each label, where the paper groups them.
         code_lists: The shipped label file (data/resources/labels-*.yaml) of an admission's task.
+        prevalence: Of each label among the train rows at hand; () where there are none.
     """
 
     name: str
@@ -111,6 +112,7 @@ class TaskSpec:
     modalities: tuple[str, ...] = ("ehr", "cxr")
     label_types: tuple[LabelType, ...] = ()
     code_lists: str = ""
+    prevalence: tuple[float, ...] = ()
 
 
 _PHENOTYPE_LABELS = tuple(name for name, _ in PHENOTYPES)

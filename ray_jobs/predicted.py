@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def spec_of(config: RunConfig) -> TaskSpec:
-    """The task of a run; a hospital's own label file names the labels of a task of admissions.
+    """The task of a run; of admissions, with the labels of the shards and how often they are true.
+
+    A hospital's own label file names other labels than the task's.
 
     Raises:
         InputError: There are no shards.
@@ -22,4 +24,5 @@ def spec_of(config: RunConfig) -> TaskSpec:
     spec = task_spec(config.task)
     if spec.unit != "admission":
         return spec
-    return replace(spec, labels=Manifest.load(config.data.shards).labels)
+    manifest = Manifest.load(config.data.shards)
+    return replace(spec, labels=manifest.labels, prevalence=manifest.prevalence.get("train", ()))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
 
 from data.config import Config
+from data.errors import InputError
 from fusion.losses.rows import bce_by_class, term
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from data.schema import Batch
+    from data.tasks import TaskSpec
     from fusion.model import Term
 
 
@@ -24,8 +26,9 @@ class FocalOptions(Config):
     """What is minimised; the validation loss is binary cross-entropy in any case."""
     focal_gamma: float = Field(default=2.0, ge=0)
     """0 is binary cross-entropy."""
-    focal_alpha: float | None = Field(default=None, gt=0, lt=1)
-    """Weight of the positives; null weighs both by 1."""
+    focal_alpha: Annotated[float, Field(gt=0, lt=1)] | Literal["prevalence"] | None = None
+    """Weight of the positives, the negatives getting the rest of 1; `prevalence`: of each label the
+    share of train rows without it. null weighs both by 1."""
 
     @property
     def term(self) -> str:
@@ -33,16 +36,32 @@ class FocalOptions(Config):
         return "focal" if self.loss == "focal" else "task"
 
 
-def focal_terms(logits: Tensor, batch: Batch, options: FocalOptions) -> dict[str, Term]:
-    """The term `focal`, the mean over labels of each row; none where the task's loss is wanted."""
+def focal_terms(
+    logits: Tensor, batch: Batch, options: FocalOptions, task: TaskSpec
+) -> dict[str, Term]:
+    """The term `focal`, the mean over labels of each row; none where the task's loss is wanted.
+
+    Raises:
+        InputError: Labels are to be weighed by a prevalence that the task does not know.
+    """
     if options.loss != "focal":
         return {}
-    by_class = focal_by_class(logits, batch.targets, options.focal_gamma, options.focal_alpha)
+    alpha: float | Tensor | None
+    if options.focal_alpha == "prevalence":
+        if not task.prevalence:
+            raise InputError(
+                f"model.focal_alpha=prevalence: no train rows tell how frequent the labels of "
+                f"{task.name} are; set a number"
+            )
+        alpha = 1.0 - logits.new_tensor(task.prevalence)
+    else:
+        alpha = options.focal_alpha
+    by_class = focal_by_class(logits, batch.targets, options.focal_gamma, alpha)
     return {"focal": term(by_class.mean(1), batch, ())}
 
 
 def focal_by_class(
-    logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float | None = None
+    logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float | Tensor | None = None
 ) -> Tensor:
     """Eq 5 of Lin et al., elementwise: -alpha_t (1 - p_t)^gamma log p_t, >= 0.
 
@@ -52,7 +71,8 @@ def focal_by_class(
         logits: [B, C].
         targets: [B, C] 0 or 1.
         gamma: How much less a label counts that is already well predicted.
-        alpha: Weight of the positives; the negatives get 1 - alpha. None weighs both by 1.
+        alpha: Weight of the positives, or [C] of each label's; the negatives get 1 - alpha. None
+            weighs both by 1.
     """
     entropy = bce_by_class(logits, targets)
     # log(1 - p_t), so that the power is finite where p_t is 1 in float32.

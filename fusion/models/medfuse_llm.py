@@ -126,6 +126,7 @@ class MedFuseLLM(ReadsText, name="medfuse_llm"):
     def __init__(self, config: Config, task: TaskSpec) -> None:
         super().__init__(config, task)
         self.config = config
+        self.task = task
         classes = len(task.labels)
         self.text = (
             TextEncoder(config)
@@ -161,11 +162,11 @@ class MedFuseLLM(ReadsText, name="medfuse_llm"):
         features = {"text": text, "labs": labs}
         if self.config.fusion == "concat":
             logits = self.head(text, labs).float()
-            return Output(logits, features, focal_terms(logits, batch, self.config))
+            return Output(logits, features, focal_terms(logits, batch, self.config, self.task))
         s_a, s_b, s_c = self.fusion(text, labs)
         features |= {"text_specific": s_a, "labs_specific": s_b, "shared": s_c}
         logits = self.head(s_a, s_b, s_c).float()
-        terms = focal_terms(logits, batch, self.config)
+        terms = focal_terms(logits, batch, self.config, self.task)
         if self.config.weighs_information:
             terms |= self._information(batch, torch.cat((s_a, s_b), 1), s_c)
         return Output(logits, features, terms)

@@ -47,7 +47,7 @@ class NoteLLM(ReadsText, name="note_llm"):
     def __init__(self, config: Config, task: TaskSpec) -> None:
         super().__init__(config, task)
         self.config = config
-        self.labels = task.labels
+        self.task = task
         self.phases = (Phase(terms=(config.term,)),)
         self.text = TextEncoder(config)
         self.dropout = nn.Dropout(config.head_dropout)
@@ -57,12 +57,12 @@ class NoteLLM(ReadsText, name="note_llm"):
         """One pass over a batch."""
         vectors = self.text_vectors(batch)
         logits = self.head(self.dropout(vectors)).float()
-        return Output(logits, {"text": vectors}, focal_terms(logits, batch, self.config))
+        return Output(logits, {"text": vectors}, focal_terms(logits, batch, self.config, self.task))
 
     def _new_head(self) -> nn.Linear:
         """As transformers draws it: N(0, initializer_range), bias 0."""
         base = self.text.base
-        head = nn.Linear(self.text.width, len(self.labels), bias=base.family.head_bias)
+        head = nn.Linear(self.text.width, len(self.task.labels), bias=base.family.head_bias)
         nn.init.normal_(head.weight, 0.0, base.config.initializer_range)
         if base.family.head_bias:
             nn.init.zeros_(head.bias)

@@ -30,13 +30,16 @@ def test_labels_of_a_hospital_s_own_file(
     make_shards: Callable, make_run: Callable, tmp_path: Path
 ) -> None:
     shards = tmp_path / "shards"
-    make_shards(shards, task="diagnoses", labels=OWN, edit=_results)
+    manifest = make_shards(shards, task="diagnoses", labels=OWN, edit=_results)
     folder = make_run(
         "mltm", shards=shards, task="diagnoses", batches={"labs": {"top": 6}}, name="own-labels"
     )
     trained = inference.load(folder)
     assert trained.model.probe.out_features == len(OWN)
-    assert spec_of(trained.config).labels == OWN
+    spec = spec_of(trained.config)
+    assert spec.labels == OWN
+    assert spec.prevalence == manifest.prevalence["train"]
+    assert len(set(spec.prevalence)) > 1
     evaluate.run(folder, split="test")
     scores = json.loads((folder / "eval/test/metrics.json").read_text(encoding="utf-8"))
     assert scores["labels"] == list(OWN)

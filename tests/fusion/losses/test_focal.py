@@ -1,9 +1,12 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fusion.losses.focal import focal_by_class
+from data.errors import InputError
+from data.tasks import TaskSpec
+from fusion.losses.focal import FocalOptions, focal_by_class, focal_terms
 from fusion.losses.rows import bce_by_class
 
 
@@ -23,6 +26,24 @@ def test_it_is_the_papers(gamma, alpha):
     for logit, loss in zip(logits[:, 0].tolist(), found.tolist(), strict=True):
         expected = [literal(logit, target, gamma, alpha) for target in (0, 1)]
         assert loss == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_a_label_s_positives_weigh_as_much_as_train_rows_lack_it(make_batch):
+    """1 - prevalence, each label its own; a task that knows none says so."""
+    prevalence = (0.1, 0.5, 0.8)
+    task = TaskSpec(name="x", kind="multilabel", labels=("a", "b", "c"), prevalence=prevalence)
+    batch, logits = make_batch(rows=7), torch.randn(7, 3)
+    options = FocalOptions(focal_alpha="prevalence")
+    found = focal_terms(logits, batch, options, task)["focal"].sum
+    expected = sum(
+        literal(logits[row, label].item(), batch.targets[row, label] > 0, 2.0, 1 - share)
+        for row in range(7)
+        for label, share in enumerate(prevalence)
+    )
+    assert 0 < batch.targets.sum() < 21
+    assert found.item() == pytest.approx(expected / 3, rel=1e-5)
+    with pytest.raises(InputError, match=r"model\.focal_alpha=prevalence.*set a number"):
+        focal_terms(logits, batch, options, replace(task, prevalence=()))
 
 
 def test_gamma_zero_is_cross_entropy():
