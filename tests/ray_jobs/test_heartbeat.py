@@ -316,3 +316,17 @@ def test_a_zombie_has_ended(monkeypatch):
         os.waitpid(pid, 0)
     monkeypatch.setattr(faults, "GONE_S", 0.2)
     assert not faults.Striker().gone(os.getpid()), "this one lives"
+
+
+def test_ray_s_trainer_has_its_callbacks_but_for_the_one_of_datasets():
+    """The list is Ray's own affair: a version that calls it otherwise is noticed here."""
+    from ray.train.torch import TorchTrainer
+
+    from ray_jobs.witness import Trainer
+
+    ours, theirs = (
+        [type(each).__name__ for each in kind(print)._create_default_callbacks()]
+        for kind in (Trainer, TorchTrainer)
+    )
+    assert "DatasetsCallback" in theirs
+    assert ours == [name for name in theirs if name != "DatasetsCallback"]
