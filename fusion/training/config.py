@@ -27,7 +27,8 @@ class TrainConfig(Config):
     tokens_per_pass: int | None = Field(default=16384, ge=1)
     """For models that read text: most tokens, padding counted, of a micro-batch. Each worker sorts
     its rows of a step by length and cuts them so, instead of into `accumulation` parts; the step is
-    the same. A text longer than that has a pass of its own. null cuts by `accumulation`."""
+    the same. A text longer than that has a pass of its own. Smaller ones pad less, larger ones keep
+    a GPU busy: 4096 is the faster on a CPU. null cuts by `accumulation`."""
     patience: int = Field(default=15, ge=1)
     """Epochs without a better selection metric before stopping."""
     selection_metric: str = "auroc"
