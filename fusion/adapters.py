@@ -101,8 +101,7 @@ def read_adapter(folder: Path, text: TextEncoder, labels: Sequence[str]) -> dict
     Raises:
         InputError: The folder is not whole, or of another base, other labels or other adapters.
     """
-    refuse_unfit(folder, text, labels, text.base.sha256())
-    return stored_weights(folder)
+    return fitting_weights(folder, text, labels, text.base.sha256())
 
 
 def is_written(folder: Path) -> bool:
@@ -116,16 +115,14 @@ def stored_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         InputError: It is not whole.
     """
-    from safetensors.torch import load_file
-
     _details(folder)
-    return {_model_name(key): value for key, value in load_file(folder / WEIGHTS).items()}
+    return _loaded(folder)
 
 
-def refuse_unfit(
+def fitting_weights(
     folder: Path, text: TextEncoder, labels: Sequence[str] | None, base_sha256: str | None
-) -> None:
-    """Refuse an adapter for another base, other labels, or another form of adapters.
+) -> dict[str, Tensor]:
+    """What a folder holds, if it is for this base, these labels and this form of adapters.
 
     Args:
         folder: As written.
@@ -149,20 +146,43 @@ def refuse_unfit(
             f"{folder}: an adapter for the labels {', '.join(details['labels'])}, but the task has "
             f"{', '.join(labels)}; choose the task that it was trained for"
         )
-    here, there = text.adapter_config(), json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    for field, setting in _FORM.items():
-        if there.get(field) != getattr(here, field):
-            raise InputError(
-                f"{folder}: an adapter with {field}={there.get(field)}, but {setting} makes it "
-                f"{getattr(here, field)}; set {setting} to that of the adapter"
-            )
+    form = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    refuse_other_form(folder, form, text)
     wanted = {_BACKBONE + name for name in dict(text.model.named_parameters()) if is_adapter(name)}
-    found = {name for name in stored_weights(folder) if not name.startswith(_HEAD)}
+    stored = _loaded(folder)
+    found = {name for name in stored if not name.startswith(_HEAD)}
     if wanted != found:
         raise InputError(
             f"{folder}: other adapters than model.adapter and model.target_modules ask for: "
             f"{min(wanted ^ found)} is on one side only; use the config that it was trained with"
         )
+    return stored
+
+
+def refuse_other_form(source: Path, form: Mapping[str, Any], text: TextEncoder) -> None:
+    """Refuse adapters of another rank, scale or kind than those of a model.
+
+    Args:
+        source: Where they lie.
+        form: Their configuration, as peft names it.
+        text: The text encoder they are for.
+
+    Raises:
+        InputError: They differ.
+    """
+    here = text.adapter_config()
+    for field, setting in _FORM.items():
+        if form.get(field) != getattr(here, field):
+            raise InputError(
+                f"{source}: an adapter with {field}={form.get(field)}, but {setting} makes it "
+                f"{getattr(here, field)}; set {setting} to that of the adapter"
+            )
+
+
+def _loaded(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return {_model_name(key): value for key, value in load_file(folder / WEIGHTS).items()}
 
 
 def _model_name(key: str) -> str:

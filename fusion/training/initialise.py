@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
 from fusion import adapters
-from fusion.encoders.text_adapters import is_adapter
+from fusion.encoders.text_adapters import is_adapter, lora_config
 from fusion.hashed import digest
 from fusion.training.checkpoint import Base, read_weights
 from fusion.training.optim import matches
@@ -55,41 +55,42 @@ def initial_weights(
                 f"init_from.{prefix}: the model has no such submodule; it has {', '.join(tops)}"
             )
         if adapters.is_written(source):
-            _refuse_adapter(source, wanted, referenced or {}, reader)
-        found, meta = _read(source, referenced or {})
-        if reader is not None and any(is_adapter(name) for name in wanted):
-            _refuse_other_scale(source, meta, reader[0])
+            found = _read_adapter(source, wanted, referenced or {}, reader)
+        else:
+            found, meta = _read(source, referenced or {})
+            if reader is not None and any(is_adapter(name) for name in wanted):
+                _refuse_other_form(source, meta, reader[0])
         for name in wanted:
             weights[name] = _matching(found, name, shapes[name], f"init_from.{prefix}: {source}")
     return weights
 
 
-def _refuse_adapter(
+def _read_adapter(
     folder: Path,
     wanted: Collection[str],
     referenced: Mapping[str, Base],
     reader: tuple[TextEncoder, Sequence[str]] | None,
-) -> None:
+) -> dict[str, Tensor]:
     if reader is None:
         raise InputError(f"init_from: {folder} is an adapter, but the model reads no text")
     text, labels = reader
     headed = any(name.startswith("head.") for name in wanted)
     base = referenced.get("text")
-    adapters.refuse_unfit(folder, text, labels if headed else None, base.sha256 if base else None)
+    base_sha256 = base.sha256 if base else None
+    return adapters.fitting_weights(folder, text, labels if headed else None, base_sha256)
 
 
-def _refuse_other_scale(run: Path, meta: Mapping[str, Any], text: TextEncoder) -> None:
-    """Refuse a run's adapters whose output this model would scale in another way."""
+def _refuse_other_form(run: Path, meta: Mapping[str, Any], text: TextEncoder) -> None:
     held = meta.get("config", {}).get("model", {})
-    for setting in ("alpha", "adapter"):
-        then, now = held.get(setting), getattr(text.options, setting)
-        # lora's output and qlora's are scaled alike.
-        alike = setting == "adapter" and (then == "rslora") == (now == "rslora")
-        if then is not None and then != now and not alike:
-            raise InputError(
-                f"init_from: {run} has adapters of model.{setting}={then}, but here it is {now}; "
-                f"set model.{setting}={then}"
-            )
+    if "adapter" in held:
+        form = lora_config(
+            held["adapter"],
+            rank=held["rank"],
+            alpha=held["alpha"],
+            dropout=held["adapter_dropout"],
+            target_modules=held["target_modules"],
+        )
+        adapters.refuse_other_form(run, vars(form), text)
 
 
 def frozen_base(

@@ -165,16 +165,22 @@ def test_a_run_refuses_an_adapter_that_does_not_fit(trained, make_base, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("options", "setting"),
-    [({"alpha": 8}, r"model\.alpha=8"), ({"adapter": "rslora"}, r"model\.adapter=rslora")],
+    ("options", "field", "setting"),
+    [
+        ({"alpha": 8}, "lora_alpha=8.0", r"model\.alpha"),
+        ({"adapter": "rslora"}, "use_rslora=True", r"model\.adapter"),
+        ({"adapter": "dora"}, "use_dora=True", r"model\.adapter"),
+    ],
 )
-def test_a_run_refuses_a_run_s_adapters_of_another_scale(trained, tmp_path, options, setting):
-    """The shapes are the same, the function is not."""
+def test_a_run_refuses_a_run_s_adapters_of_another_form(trained, tmp_path, options, field, setting):
+    """Every tensor that is wanted is there in its shape; the function is another."""
     model = trained(**options)
     config = {"model": model.text.options.model_dump(mode="json")}
     write_weights(tmp_path, model, {"selected": "best", "config": config})
     assert begun(model, tmp_path).keys() == state(model).keys()
-    with pytest.raises(InputError, match=f"has adapters of {setting}.*; set {setting}"):
+    with pytest.raises(
+        InputError, match=f"{field}, but {setting} makes it .*; set {setting} to that"
+    ):
         begun(trained(), tmp_path, prefix="text")
     assert begun(trained(), tmp_path, prefix="head").keys() == {"head.weight"}
 
